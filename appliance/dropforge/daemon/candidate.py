@@ -1,0 +1,114 @@
+"""An entry of the inbox that has settled, read without trusting it: no links, no special files, bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropforge.daemon.names import JOB_FILE_NAMES, is_job_folder, is_spec_file, printable
+from dropforge.daemon.watcher import FOLDER_ENTRIES
+from dropforge.errors import Reason, SpecError
+from dropforge.files import regular_files, sha256_bytes, sha256_file
+from dropforge.spec_file import MAX_BYTES
+
+COMPARED_FOLDER_BYTES = 64 * 1024 * 1024
+"""Job folders with more data than this are never compared for being duplicates: hashing would hold up the queue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What was read of a dropped file or job folder."""
+
+    path: Path
+    raw: bytes
+    """The spec."""
+    spec_name: str
+    """Name of the spec file: its ending says how to parse it."""
+    is_folder: bool
+    digest: str
+    """See Ticket.digest."""
+
+    @property
+    def spec_digest(self) -> str:
+        return sha256_bytes(self.raw)
+
+
+def read_candidate(path: Path) -> Candidate:
+    """Raises SpecError (codes inbox-*) for what can never be a job, FileNotFoundError when it is gone."""
+    if stat.S_ISDIR(path.lstat().st_mode):
+        return _read_folder(path)
+    if not is_spec_file(path.name) and stat.S_ISREG(path.lstat().st_mode):
+        raise _refused(path, "inbox-not-a-spec", "not a job spec", "its name does not end in .yaml, .yml, .json or .toml",
+                       "put data into datasets/, or into a folder NAME.job/ together with job.yaml")  # fmt: skip
+    raw = read_regular(path)
+    return Candidate(path=path, raw=raw, spec_name=path.name, is_folder=False, digest=sha256_bytes(raw))
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a small regular file with one name. The file that was opened is checked, not the path."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if isinstance(error, (FileNotFoundError, PermissionError)) and not path.is_symlink():
+            raise
+        why = "it is a symbolic link" if path.is_symlink() else f"it cannot be opened as a file ({error.strerror})"
+        raise _refused(path, "inbox-not-a-file", "not a regular file", why, "copy the file itself") from None
+    with os.fdopen(fd, "rb") as stream:
+        info = os.fstat(stream.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise _refused(path, "inbox-not-a-file", "not a regular file", "it is a pipe, socket or device", "drop a plain file")
+        if info.st_nlink != 1:
+            raise _refused(path, "inbox-hard-link", "a file with several names",
+                           "a hard link could be changed from outside while the job runs", "copy the file (cp) instead of linking it")  # fmt: skip
+        if info.st_size == 0:
+            raise _refused(path, "inbox-empty", "an empty file", "it holds no bytes", "write at least version, name, model, data, export")
+        raw = stream.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise _refused(path, "inbox-too-large", "too large for a job spec", f"it holds more than {MAX_BYTES // 1024} KiB",
+                       "put data into its own file and name it in `data`")  # fmt: skip
+    return raw
+
+
+def _read_folder(path: Path) -> Candidate:
+    if not is_job_folder(path.name):
+        raise _refused(path, "inbox-not-a-job-folder", "not a job folder", "its name does not end in .job",
+                       "rename it to NAME.job, with job.yaml and the data inside")  # fmt: skip
+    _refuse_contents(path)
+    names = [name for name in JOB_FILE_NAMES if (path / name).is_file()]
+    if len(names) != 1:
+        why = f"it holds {' and '.join(names)}" if names else "it holds no job.yaml (or job.yml, job.json, job.toml)"
+        raise _refused(path, "inbox-no-spec", "a job folder needs exactly one spec", why, "put the spec into job.yaml")
+    raw = read_regular(path / names[0])
+    return Candidate(path=path, raw=raw, spec_name=names[0], is_folder=True, digest=_folder_digest(path))
+
+
+def _refuse_contents(folder: Path) -> None:
+    """Links and special files inside a job folder could lead outside or block a reader for ever."""
+    for number, entry in enumerate(folder.rglob("*")):
+        if number >= FOLDER_ENTRIES:
+            raise _refused(folder, "inbox-too-many-files", "too many files", f"it holds more than {FOLDER_ENTRIES} entries",
+                           "put large collections into datasets/")  # fmt: skip
+        info = entry.lstat()
+        regular = stat.S_ISREG(info.st_mode)
+        if not (regular or stat.S_ISDIR(info.st_mode)) or (regular and info.st_nlink != 1):
+            inside = printable(str(entry.relative_to(folder)))
+            raise _refused(folder, "inbox-link-inside", "a job folder may hold only plain files and folders",
+                           f"{inside} is a link or a special file", "copy the file itself")  # fmt: skip
+
+
+def _folder_digest(folder: Path) -> str:
+    files = regular_files(folder)
+    if sum(file.stat().st_size for file in files) > COMPARED_FOLDER_BYTES:
+        return ""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{sha256_file(file)} {file.relative_to(folder)}\n".encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+
+def _refused(path: Path, code: str, what: str, why: str, fix: str) -> SpecError:
+    return SpecError(f"{printable(path.name)} is {what}" if not what.startswith("a job folder") else what,
+                     code=code, where=f"inbox/{printable(path.name)}", why=why, fix=fix, reason=Reason.INVALID_SPEC)  # fmt: skip

@@ -1,0 +1,220 @@
+"""From a settled file to exactly one ticket, or to rejected/ with the reason.
+
+Order of a claim (each line durable before the next; a crash at any point is completed or undone by recover.py):
+    take a sequence number
+    runs/<id>/  spec.orig, spec.resolved.yaml, ticket.json
+    rename the dropped file to queue/<id>.json  (a folder: to runs/<id>/data)       <- the commit
+    read it again: the same bytes, or it goes back to the inbox
+    replace queue/<id>.json by the ticket
+    status.json says queued
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropforge.daemon import sequence
+from dropforge.daemon.candidate import Candidate, read_candidate
+from dropforge.daemon.crash_points import CrashHook
+from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, printable, slug
+from dropforge.daemon.queue import Ticket, TicketBook, put, rename, ticket_path
+from dropforge.daemon.rejection import reject
+from dropforge.daemon.watcher import Fingerprint, Ready, fingerprint, ready_marker
+from dropforge.errors import DataError, DropforgeError, InputError, Reason, SpecError
+from dropforge.events import RunLog, utc_now
+from dropforge.files import fsync_folder, read_json, sha256_bytes, write_bytes, write_json, write_text
+from dropforge.locate import data_locator
+from dropforge.paths import DataRoot, RunFolder
+from dropforge.spec import SourceSpec, Spec
+from dropforge.spec_check import CheckedSpec, check_in_child, to_yaml
+from dropforge.states import State
+
+UNFINISHED_SECONDS = 60.0
+"""How long after its last change a file that does not parse may still be one that is being written."""
+_UNFINISHED_CODES = frozenset({"spec-syntax", "spec-empty", "spec-encoding", "spec-missing-key", "spec-not-a-mapping",
+                               "data-missing", "inbox-empty", "inbox-no-spec"})  # fmt: skip
+"""Problems that a file has while it is only half there (or its data is still on the way)."""
+
+CheckSpec = Callable[..., CheckedSpec]
+TICKET_COPY = "ticket.json"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A file left in the inbox because it may still be growing."""
+
+    name: str
+    error: DropforgeError
+    until: float
+    """Monotonic time at which it will be rejected."""
+
+
+class Intake:
+    """Turns finished entries of the inbox into tickets."""
+
+    def __init__(self, root: DataRoot, book: TicketBook, *, check: CheckSpec = check_in_child, crash: CrashHook) -> None:
+        self._root = root
+        self._book = book
+        self._check = check
+        self._crash = crash
+        self._unfinished: dict[str, tuple[Ready, Unfinished]] = {}
+
+    @property
+    def unfinished(self) -> list[Unfinished]:
+        return [item for _, item in self._unfinished.values()]
+
+    def forget_all_but(self, names: set[str]) -> None:
+        for name in set(self._unfinished) - names:
+            del self._unfinished[name]
+
+    def take(self, ready: Ready, *, now: float) -> str | None:
+        """Accept or reject one entry. Returns the id of its ticket, None when it was rejected or must wait.
+
+        Raises OSError when the disk does not let it: then the file is still in the inbox.
+        """
+        known = self._unfinished.get(ready.name)
+        if known is not None and known[0].fingerprint == ready.fingerprint and now < known[1].until:
+            return None
+        path = self._root.inbox / ready.name
+        try:
+            candidate = read_candidate(path)
+            checked = self._check(candidate.raw, filename=printable(candidate.spec_name))
+            self._refuse_missing_data(checked.spec, candidate)
+            self._refuse_duplicate(candidate, checked.spec)
+        except FileNotFoundError:
+            return None  # taken back, or replaced while it was read
+        except InputError as error:
+            self._refuse_or_wait(ready, error, now=now)
+            return None
+        self._unfinished.pop(ready.name, None)
+        return self._claim(candidate, checked, ready)
+
+    def _refuse_or_wait(self, ready: Ready, error: InputError, *, now: float) -> None:
+        until = ready.unchanged_since + UNFINISHED_SECONDS
+        doubtful = any(problem.code in _UNFINISHED_CODES for problem in error.problems)
+        if doubtful and not ready.complete and now < until:
+            self._unfinished[ready.name] = (ready, Unfinished(ready.name, error, until))
+            return
+        self._unfinished.pop(ready.name, None)
+        number = sequence.take(self._root)
+        digest = sha256_bytes(os.fsencode(ready.name))
+        job_id = sequence.job_id(number, slug=slug(ready.name), digest=digest)
+        reject(self._root, ready.name, error, job_id=job_id, crash=self._crash)
+        ready_marker(self._root, ready.name).unlink(missing_ok=True)
+
+    def _refuse_missing_data(self, spec: Spec, candidate: Candidate) -> None:
+        beside = candidate.path if candidate.is_folder else None
+        locate = data_locator(self._root, beside=beside)
+        for source in _sources(spec):
+            try:
+                locate(source.path)
+            except DataError as error:
+                if error.code == "data-missing" and _may_be_hub_id(source):
+                    continue
+                raise
+
+    def _refuse_duplicate(self, candidate: Candidate, spec: Spec) -> None:
+        other = self._book.with_digest(candidate.digest)
+        if other is not None and not spec.rerun:
+            raise SpecError(
+                f"the same job is in {self._book.folder_of(other.id)}/ already", code="job-duplicate",
+                where=f"inbox/{printable(candidate.path.name)}", why=f"job {other.id} came from identical bytes",
+                fix="wait for that job, or write `rerun: true` (or change anything else) to run it twice",
+                reason=Reason.DUPLICATE,
+            )  # fmt: skip
+
+    def _claim(self, candidate: Candidate, checked: CheckedSpec, ready: Ready) -> str | None:
+        number = sequence.take(self._root)
+        self._crash("intake.sequence-taken")
+        spec = checked.spec
+        ticket = Ticket(
+            id=sequence.job_id(number, slug=spec.slug, digest=candidate.spec_digest), name=spec.name, slug=spec.slug,
+            seq=number, file=printable(ready.name), digest=candidate.digest, priority=spec.resources.priority,
+            gpus=spec.resources.gpus, time_limit=spec.resources.time_limit, accepted=utc_now(),
+        )  # fmt: skip
+        run = self._root.run(ticket.id)
+        try:
+            _make_run_folder(run, candidate, checked, ticket, ready.fingerprint)
+            self._crash("intake.run-folder-made")
+            commit(self._root, candidate.path, ticket, is_folder=candidate.is_folder)
+        except FileNotFoundError:
+            shutil.rmtree(run.path)
+            return None  # another daemon or the user took it first
+        except BaseException:
+            if os.path.lexists(candidate.path):
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        self._crash("intake.claimed")
+        if not unchanged(self._root, ticket, run):
+            give_back(self._root, ticket, run)
+            return None
+        put(self._root, "queue", ticket)
+        self._crash("intake.ticket-written")
+        announce(run, ticket)
+        ready_marker(self._root, ready.name).unlink(missing_ok=True)
+        self._book.add("queue", ticket)
+        self._crash("intake.accepted")
+        return ticket.id
+
+
+def _make_run_folder(
+    run: RunFolder, candidate: Candidate, checked: CheckedSpec, ticket: Ticket, settled: Fingerprint
+) -> None:
+    run.path.mkdir()
+    (run.path / "attempts").mkdir()
+    write_bytes(run.spec_original, candidate.raw)
+    write_text(run.spec_resolved, to_yaml(checked.resolved))
+    write_json(run.path / TICKET_COPY, {"ticket": ticket.as_json(), "folder": candidate.is_folder,
+                                        "spec_name": candidate.spec_name, "fingerprint": settled.token})  # fmt: skip
+    fsync_folder(run.path.parent)
+
+
+def commit(root: DataRoot, dropped: Path, ticket: Ticket, *, is_folder: bool) -> None:
+    """The rename that makes the dropped file ours."""
+    target = root.run(ticket.id).job_data if is_folder else ticket_path(root, "queue", ticket.id)
+    rename(dropped, target)
+
+
+def unchanged(root: DataRoot, ticket: Ticket, run: RunFolder) -> bool:
+    """After the rename: is it still what was checked? A writer may have gone on in between."""
+    copy = read_json(run.path / TICKET_COPY)
+    if not copy["folder"]:
+        return ticket_path(root, "queue", ticket.id).read_bytes() == run.spec_original.read_bytes()
+    seen = fingerprint(run.job_data)
+    return seen is not None and seen.token == copy["fingerprint"]
+
+
+def give_back(root: DataRoot, ticket: Ticket, run: RunFolder) -> None:
+    """Undo a claim: the file returns to the inbox, under its name if it can have it, and settles again."""
+    copy = read_json(run.path / TICKET_COPY)
+    source = run.job_data if copy["folder"] else ticket_path(root, "queue", ticket.id)
+    name = ticket.file
+    if name != printable(name) or "\\" in name or is_ignored(name) or os.path.lexists(root.inbox / name):
+        name = f"{ticket.id}{JOB_FOLDER_SUFFIX if copy['folder'] else Path(copy['spec_name']).suffix}"
+    rename(source, root.inbox / name)
+    shutil.rmtree(run.path)
+
+
+def announce(run: RunFolder, ticket: Ticket) -> None:
+    """The first status.json of a job. Its existence means: accepted, completely."""
+    log = RunLog(run)
+    log.event("accepted", file=ticket.file, digest=ticket.digest)
+    log.state(State.QUEUED, message="accepted", name=ticket.name, priority=ticket.priority, attempt=0,
+              accepted=ticket.accepted)  # fmt: skip
+
+
+def _sources(spec: Spec) -> list[SourceSpec]:
+    return [*spec.data.train, *(spec.data.eval.sources if spec.data.eval else ())]
+
+
+def _may_be_hub_id(source: SourceSpec) -> bool:
+    """`org/name` without the ending of a data file may be a data set on the hub; the job finds out."""
+    return source.path.count("/") == 1 and not source.path.lower().endswith(_DATA_SUFFIXES)
+
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".txt",
+                  ".md", ".text", ".gz", ".zst", ".bz2", ".xz", ".zip", "/")  # fmt: skip

@@ -1,0 +1,91 @@
+"""`rejected/<id>/`: the dropped file, unchanged and under its own name, beside ERROR.txt and error.json.
+
+The folder is made first and the file renamed into it last, so that after a crash the file is in the inbox or here, whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dropforge.daemon.crash_points import CrashHook
+from dropforge.daemon.names import printable
+from dropforge.daemon.queue import rename
+from dropforge.errors import DropforgeError
+from dropforge.events import utc_now
+from dropforge.files import fsync_folder, read_json, write_json, write_text
+from dropforge.paths import DataRoot
+
+ERROR_TEXT = "ERROR.txt"
+ERROR_JSON = "error.json"
+_OWN_FILES = (ERROR_TEXT, ERROR_JSON)
+_FILE_FOLDER = "file"
+
+
+def reject(root: DataRoot, name: str, error: DropforgeError, *, job_id: str, crash: CrashHook) -> Path:
+    """Move inbox/<name> to rejected/<id>/ and say why. Returns the folder."""
+    folder = root.rejected / job_id
+    # A file that carries the name of one of ours keeps it in a folder of its own.
+    place = folder / _FILE_FOLDER / name if name in (*_OWN_FILES, _FILE_FOLDER) else folder / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(folder / ERROR_TEXT, _text(name, error, folder))
+    write_json(folder / ERROR_JSON, {
+        "schema": 1, "id": job_id, "file": printable(name), "time": utc_now(), "state": "rejected",
+        "reason": error.reason.value, "problems": [_printable(asdict(problem)) for problem in error.problems],
+    })  # fmt: skip
+    fsync_folder(root.rejected)
+    crash("reject.folder-made")
+    rename(root.inbox / name, place)
+    crash("reject.moved")
+    return folder
+
+
+def rejections(root: DataRoot) -> Iterator[dict[str, Any]]:
+    """The error.json of every rejected file, oldest first; folders without a readable one are left out."""
+    for folder in sorted(root.rejected.iterdir()):
+        try:
+            yield read_json(folder / ERROR_JSON)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+
+
+def remove_unfinished(root: DataRoot) -> list[str]:
+    """At start-up: folders whose file never arrived (a crash before the rename). The file is still in the inbox."""
+    removed = []
+    for folder in root.rejected.iterdir():
+        kept = folder / _FILE_FOLDER
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        inside = {entry.name for entry in folder.iterdir()} - set(_OWN_FILES)
+        if not inside or (inside == {_FILE_FOLDER} and kept.is_dir() and not any(kept.iterdir())):
+            shutil.rmtree(folder)
+            removed.append(folder.name)
+    return removed
+
+
+def _text(name: str, error: DropforgeError, folder: Path) -> str:
+    problems = "\n\n".join(_problem(asdict(problem)) for problem in error.problems)
+    count = len(error.problems)
+    return (
+        f"{printable(name)} did not become a job. {'One thing is' if count == 1 else f'{count} things are'} wrong.\n\n"
+        f"{problems}\n\n"
+        f"Your file is kept unchanged in this folder (rejected/{folder.name}/).\n"
+        "Correct it and drop it into inbox/ again. This folder may be deleted at any time.\n"
+    )
+
+
+def _problem(problem: dict[str, str]) -> str:
+    labels = {"what": "What", "where": "Where", "why": "Why", "fix": "What to do", "code": "Code"}
+    return "\n".join(f"{label + ':':<12}{_lines(problem[key])}" for key, label in labels.items() if problem[key])
+
+
+def _printable(problem: dict[str, str]) -> dict[str, str]:
+    """Without characters that JSON in UTF-8 cannot hold or a terminal would obey."""
+    return {key: "\n".join(printable(line, limit=2000) for line in text.splitlines()) for key, text in problem.items()}
+
+
+def _lines(text: str) -> str:
+    return f"\n{'':<12}".join(printable(line, limit=2000) for line in text.splitlines())

@@ -1,0 +1,204 @@
+"""The child process that does one job: `python -m dropforge.daemon.runner --data ROOT --id ID --attempt N`.
+
+Protocol with the daemon, files and signals only:
+    status.json, events.jsonl, metrics.jsonl   written here while the job runs
+    lease.json                                 which process this is, and its heartbeat
+    attempts/NNN/exit.json                     written last: how it ended
+    SIGTERM                                    save a checkpoint and end; the reason is in attempts/NNN/stop.json
+    SIGUSR1                                    save a checkpoint and go on
+    death of the daemon                        counts as SIGTERM
+With --warm it first imports the heavy libraries and then reads its job, one line of JSON, from standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from dropforge.daemon import attempts, process
+from dropforge.daemon.attempts import AttemptEnd
+from dropforge.daemon.lease import Lease
+from dropforge.errors import DropforgeError, JobStopped, Reason
+from dropforge.events import RunLog
+from dropforge.paths import DataRoot, RunFolder
+from dropforge.states import State
+from dropforge.stop import StopSignal
+
+WARM_MODULES = ("torch", "transformers", "peft", "datasets", "trl", "dropforge.job")
+_EXIT_STATUS = {State.SUCCEEDED: 0, State.PARTIAL: 0, State.FAILED: 1, State.HELD: 1, State.INTERRUPTED: 75}
+
+
+class JobFunction(Protocol):
+    """What a runner runs: dropforge.job.run_job, or a fake one in tests."""
+
+    def __call__(self, run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: StopSignal) -> State: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Which job to do."""
+
+    job_id: str
+    attempt: int
+    gpus: tuple[str, ...]
+    """UUIDs or indices of the devices it may see; empty: leave the environment as it is."""
+    grace_seconds: float
+
+
+def main(arguments: Sequence[str] | None = None, *, job: JobFunction | None = None) -> int:
+    """Entry of the process. `job` replaces the real job in tests."""
+    options = _parser().parse_args(arguments)
+    process.die_with_parent(signal.SIGTERM)
+    if os.getppid() != options.parent:
+        return 0  # the daemon died before we could ask to be told
+    process.become_subreaper()
+    faulthandler.enable()
+    assignment = _wait_warm(options) if options.warm else _from_options(options)
+    if assignment is None:
+        return 0
+    if assignment.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assignment.gpus)
+    root = DataRoot(options.data)
+    end = _do(root, assignment, job)
+    _end_leftovers()
+    return _EXIT_STATUS.get(end.state, 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dropforge.daemon.runner", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="the data root")
+    parser.add_argument("--parent", type=int, required=True, help="pid of the daemon; the runner ends with it")
+    parser.add_argument("--id", help="job id")
+    parser.add_argument("--attempt", type=int)
+    parser.add_argument("--gpus", default="", help="comma-separated devices")
+    parser.add_argument("--grace", type=float, default=120.0, help="seconds for a checkpoint after a request to stop")
+    parser.add_argument("--warm", action="store_true", help="import first, then read the job from standard input")
+    return parser
+
+
+def _from_options(options: argparse.Namespace) -> Assignment:
+    gpus = tuple(filter(None, options.gpus.split(",")))
+    return Assignment(job_id=options.id, attempt=options.attempt, gpus=gpus, grace_seconds=options.grace)
+
+
+def _wait_warm(options: argparse.Namespace) -> Assignment | None:
+    """Import, then wait for a job. None when the daemon closed the pipe: it ends, or wants a fresh one."""
+    for name in WARM_MODULES:
+        importlib.import_module(name)
+    line = sys.stdin.readline()
+    if not line.strip():
+        return None
+    order = json.loads(line)
+    log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return Assignment(job_id=order["id"], attempt=order["attempt"], gpus=tuple(order["gpus"]), grace_seconds=order["grace"])
+
+
+def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> AttemptEnd:
+    """Run the job and write exit.json, whatever happens in between."""
+    run = root.run(assignment.job_id)
+    started = time.monotonic()
+    stop = StopSignal()
+    _listen(run, assignment, stop)
+    with Lease(run, attempt=assignment.attempt):
+        log = RunLog(run)
+        try:
+            state = (job or _real_job())(run, root=root, attempt=assignment.attempt, log=log, stop=stop)
+            end = AttemptEnd(state=state, reason=Reason.EXPORT if state is State.PARTIAL else None)
+        except DropforgeError as error:
+            end = _end_of(error)
+        except Exception as error:  # noqa: BLE001  (the edge of the process: every fault must reach exit.json)
+            traceback.print_exc()
+            end = _end_of_unexpected(error)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        log.flush()
+        end = AttemptEnd(
+            state=end.state, reason=end.reason, message=end.message, problems=end.problems,
+            seconds=round(time.monotonic() - started, 3), progress=attempts.progress(run),
+        )  # fmt: skip
+        attempts.write_end(run, assignment.attempt, end)
+    return end
+
+
+def _real_job() -> JobFunction:
+    from dropforge.job import run_job
+
+    return run_job
+
+
+def _end_of(error: DropforgeError) -> AttemptEnd:
+    print(error, file=sys.stderr)
+    problems = tuple(asdict(problem) for problem in error.problems)
+    message = "; ".join(_sentence(problem) for problem in problems)
+    if isinstance(error, JobStopped):
+        return AttemptEnd(state=State.INTERRUPTED, reason=error.reason, message=message)
+    return AttemptEnd(state=State.FAILED, reason=error.reason, message=message, problems=problems)
+
+
+def _sentence(problem: dict[str, str]) -> str:
+    return ": ".join(filter(None, (problem["what"], problem["why"])))
+
+
+def _end_of_unexpected(error: Exception) -> AttemptEnd:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return AttemptEnd(state=State.FAILED, reason=Reason.DISK, message=f"the disk is full: {text}")
+    if isinstance(error, MemoryError):
+        return AttemptEnd(state=State.FAILED, reason=Reason.OOM_HOST, message="the machine's memory is full")
+    return AttemptEnd(state=State.FAILED, reason=Reason.CRASH, message=f"{text}; the log has the traceback")
+
+
+def _listen(run: RunFolder, assignment: Assignment, stop: StopSignal) -> None:
+    """Turn signals into requests; guarantee the end after the grace period even if nobody is left to enforce it."""
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        reason = attempts.read_stop(run, assignment.attempt) or Reason.SHUTDOWN
+        if not stop.requested:
+            _start_deadline(assignment.grace_seconds)
+        stop.request(reason, save=True)
+
+    def on_checkpoint(number: int, frame: FrameType | None) -> None:
+        stop.request_checkpoint()
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(signal.SIGUSR1, on_checkpoint)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to the daemon, which asks us in order
+
+
+def _start_deadline(seconds: float, *, end: Callable[[], None] | None = None) -> None:
+    timer = threading.Timer(seconds, end or _kill_own_session)
+    timer.daemon = True
+    timer.start()
+
+
+def _kill_own_session() -> None:
+    print("the grace period is over; the process ends itself", file=sys.stderr, flush=True)
+    process.kill_family(os.getpid())
+    process.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_leftovers() -> None:
+    """Data workers and tools that outlived the job are ended here, even those that left the session."""
+    process.kill_family(os.getpid())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The number that orders jobs: persisted before it is used, never given twice. Clocks may jump; this does not."""
+
+from __future__ import annotations
+
+import re
+
+from dropforge.daemon.queue import FOLDERS
+from dropforge.files import write_text
+from dropforge.paths import DataRoot
+
+DIGITS = 6
+
+
+def take(root: DataRoot) -> int:
+    """The next number. A lost or damaged state/sequence is rebuilt from the ids that exist."""
+    number = max(_stored(root), _highest_in_use(root) if _stored(root) == 0 else 0) + 1
+    write_text(root.state / "sequence", f"{number}\n")
+    return number
+
+
+def job_id(number: int, *, slug: str, digest: str) -> str:
+    """`<seq, 6 digits>-<slug>-<first 8 hex digits of the SHA-256 of the spec's bytes>`."""
+    return f"{number:0{DIGITS}d}-{slug}-{digest[:8]}"
+
+
+def number_of(job_id: str) -> int:
+    """The sequence number in an id; 0 when there is none."""
+    match = re.match(r"(\d+)-", job_id)
+    return int(match[1]) if match else 0
+
+
+def _stored(root: DataRoot) -> int:
+    try:
+        return int((root.state / "sequence").read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _highest_in_use(root: DataRoot) -> int:
+    folders = [root.path / name for name in ("runs", *FOLDERS)]
+    return max((number_of(entry.name) for folder in folders for entry in folder.iterdir()), default=0)

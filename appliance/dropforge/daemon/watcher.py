@@ -1,0 +1,155 @@
+"""What lies in the inbox, and which of it is finished: unchanged over two looks at least `settle_seconds` apart.
+
+A half-copied YAML file is often a valid, shorter spec, so settling is not optional. Time is the daemon's monotonic
+clock, passed in; modification times are compared for equality only, never with a clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropforge.daemon.names import is_ignored
+from dropforge.files import read_json, sha256_bytes, write_json
+from dropforge.paths import DataRoot
+
+READY_SUFFIX = ".ready"
+FOLDER_ENTRIES = 10_000
+"""A job folder with more entries is refused; looking at it would hold up the queue."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Changes whenever the entry changes, not when it is renamed."""
+
+    parts: tuple[tuple[str, int, int, int], ...]
+    """(path below the entry, inode, size, mtime in ns) of it and of all it holds."""
+
+    @property
+    def token(self) -> str:
+        """A text that is equal only for equal fingerprints; names that are not UTF-8 are fine."""
+        return sha256_bytes(repr(self.parts).encode("utf-8", "surrogateescape"))
+
+def fingerprint(path: Path) -> Fingerprint | None:
+    """None when the entry is gone. Links are not followed."""
+    try:
+        parts = [_part("", path.lstat())]
+        if stat.S_ISDIR(path.lstat().st_mode):
+            parts += _inside(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Fingerprint(tuple(parts))
+
+
+def _inside(folder: Path) -> list[tuple[str, int, int, int]]:
+    parts: list[tuple[str, int, int, int]] = []
+    todo = [""]
+    while todo and len(parts) <= FOLDER_ENTRIES:
+        below = todo.pop()
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                name = f"{below}/{entry.name}" if below else entry.name
+                parts.append(_part(name, entry.stat(follow_symlinks=False)))
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(name)
+    return sorted(parts)
+
+
+def _part(name: str, info: os.stat_result) -> tuple[str, int, int, int]:
+    # A folder's size and time change with its entries, which are listed themselves; renaming it changes neither.
+    is_folder = stat.S_ISDIR(info.st_mode)
+    return name, info.st_ino, 0 if is_folder else info.st_size, 0 if is_folder else info.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """One look at the inbox."""
+
+    entries: Mapping[str, Fingerprint]
+    """Everything that may become a job, by name."""
+    staged: frozenset[Fingerprint]
+    """What lies in inbox/.staging: what is renamed from there is complete."""
+
+
+def look(root: DataRoot) -> Look:
+    """List the inbox and its staging folder. Raises OSError when the inbox cannot be read."""
+    entries: dict[str, Fingerprint] = {}
+    with os.scandir(root.inbox) as listing:
+        names = [entry.name for entry in listing if not is_ignored(entry.name)]
+    for name in names:
+        print_ = fingerprint(root.inbox / name)
+        if print_ is not None:
+            entries[name] = print_
+    staged = (fingerprint(path) for path in _staged_paths(root))
+    return Look(entries=entries, staged=frozenset(print_ for print_ in staged if print_ is not None))
+
+
+def _staged_paths(root: DataRoot) -> list[Path]:
+    try:
+        return [path for path in root.staging.iterdir() if not path.name.endswith(READY_SUFFIX)]
+    except FileNotFoundError:
+        return []
+
+
+def ready_marker(root: DataRoot, name: str) -> Path:
+    """Written by `submit` before its rename: the fingerprint of what it wrote completely."""
+    return root.staging / f"{name}{READY_SUFFIX}"
+
+
+def mark_ready(root: DataRoot, name: str, seen: Fingerprint) -> None:
+    write_json(ready_marker(root, name), {"fingerprint": seen.token})
+
+
+def is_marked_ready(root: DataRoot, name: str, seen: Fingerprint) -> bool:
+    try:
+        marked = read_json(ready_marker(root, name))
+    except (FileNotFoundError, OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return bool(marked == {"fingerprint": seen.token})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An entry that is finished."""
+
+    name: str
+    fingerprint: Fingerprint
+    unchanged_since: float
+    """Monotonic seconds at which this content was first seen."""
+    complete: bool
+    """True when it was renamed from staging: there is no need to doubt that all of it is there."""
+
+
+class SettleTracker:
+    """Remembers since when each entry of the inbox has been as it is."""
+
+    def __init__(self, root: DataRoot, *, settle_seconds: float) -> None:
+        self._root = root
+        self._settle_seconds = settle_seconds
+        self._seen: dict[str, tuple[Fingerprint, float, bool]] = {}
+        self._staged: frozenset[Fingerprint] = frozenset()
+
+    @property
+    def waiting(self) -> list[str]:
+        return sorted(self._seen)
+
+    def update(self, seen: Look, *, now: float) -> list[Ready]:
+        """Take one look into account; returns what is finished, oldest first (then by name)."""
+        for name in set(self._seen) - set(seen.entries):
+            del self._seen[name]
+        ready = []
+        for name, print_ in seen.entries.items():
+            known = self._seen.get(name)
+            if known is None or known[0] != print_:
+                complete = print_ in self._staged or is_marked_ready(self._root, name, print_)
+                known = self._seen[name] = (print_, now, complete)
+            _, since, complete = known
+            if complete or (now > since and now - since >= self._settle_seconds):
+                ready.append(Ready(name, print_, since, complete))
+        # An inode alone proves nothing (it is reused at once); size and time must be what they were in staging as well.
+        self._staged = seen.staged
+        return sorted(ready, key=lambda item: (item.unchanged_since, item.name))

@@ -1,0 +1,75 @@
+"""What an export is asked for, and what it reports back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dropforge.errors import DropforgeError, Problem
+from dropforge.paths import ResultFolder
+
+Message = dict[str, str]
+"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """Everything the exporters need. Exactly one of `adapter` and `full` is set."""
+
+    base_path: Path
+    """Hugging Face folder with the weights the training started from, 16 or 32 bits (not the quantised copy)."""
+    tokenizer: Path
+    """Folder of the training tokenizer, with its chat template."""
+    result: ResultFolder
+    work: Path
+    """Scratch folder on the same file system as `result`; the caller removes it."""
+    kinds: tuple[str, ...]
+    """Entries of the spec's `export`: adapter, merged, gguf:TYPE, ollama."""
+    name: str
+    slug: str
+    """Start of every file name."""
+    model_id: str
+    """How the base is called in metadata; never a path of this machine."""
+    adapter: Path | None = None
+    """PEFT folder of the trained adapter."""
+    full: Path | None = None
+    """Hugging Face folder of fully trained weights."""
+    system: str | None = None
+    """System message for the Modelfile."""
+    license: str = ""
+    samples: tuple[tuple[Message, ...], ...] = ()
+    """Conversations from the data; the verification asks the first turns of the first few of them too."""
+
+    def __post_init__(self) -> None:
+        assert (self.adapter is None) != (self.full is None), "give either adapter or full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """How one export went. `checks` holds the measured numbers of its verification."""
+
+    kind: str
+    ok: bool
+    path: str
+    """Relative to the result folder; empty when nothing was made."""
+    bytes: int
+    seconds: float
+    checks: dict[str, Any] = field(default_factory=dict)
+    problem: Problem | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, for status and provenance."""
+        return asdict(self)
+
+    @classmethod
+    def failed(cls, kind: str, error: DropforgeError, *, seconds: float) -> ExportReport:
+        return cls(kind=kind, ok=False, path="", bytes=0, seconds=seconds, problem=error.problems[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What an exporter hands back: where the verified export lies, and its numbers."""
+
+    path: Path
+    checks: dict[str, Any]

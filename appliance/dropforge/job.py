@@ -1,0 +1,181 @@
+"""One job, top to bottom: spec -> plan -> model -> data -> adapter -> recipe -> trained weights -> exports -> result.
+
+Every stage leaves its product on disk before the next begins, so a job that is interrupted anywhere goes on from there:
+training from the newest good checkpoint, exporting from the trained weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from dataclasses import asdict
+
+from dropforge.checkpoints import CheckpointStore
+from dropforge.errors import EnvironmentFault, Reason
+from dropforge.events import RunLog
+from dropforge.export import ExportReport, ExportRequest, export_all
+from dropforge.facts import data_facts, model_facts
+from dropforge.files import TEMPORARY_PREFIX, read_json, rename_folder, write_json, write_text
+from dropforge.hardware import GIB, probe
+from dropforge.locate import Locate, data_locator
+from dropforge.models.source import ModelSource, resolve_model
+from dropforge.paths import DataRoot, RunFolder
+from dropforge.plan import Plan, make_plan
+from dropforge.results import TrainingRecord, finish_result
+from dropforge.spec import Spec
+from dropforge.spec_check import check, to_yaml
+from dropforge.states import State
+from dropforge.stop import StopSignal
+
+
+def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: StopSignal) -> State:
+    """Do the job in `run` to its end.
+
+    Returns:
+        SUCCEEDED, or PARTIAL when the trained weights are good and some export failed.
+
+    Raises:
+        DropforgeError: with a code, a reason and what to do; JobStopped when `stop` asked for it.
+    """
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    log.state(State.PREPARING, attempt=attempt)
+    source = resolve_model(read_spec(run).model, root=root)
+    spec = pin_revision(run, source)
+    log.event("model", id=source.id, revision=source.revision, kind=source.kind)
+    if not is_trained(run):
+        train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
+    stop.raise_if_requested()
+
+    log.state(State.EXPORTING)
+    exporting = time.monotonic()
+    reports = export(spec, run=run, root=root, source=source, log=log)
+    seconds["exporting"] = time.monotonic() - exporting
+    seconds["total"] = time.monotonic() - started
+
+    result = root.result(spec.slug, run.id)
+    record = TrainingRecord(**read_json(run.trained / "record.json"))
+    finish_result(result, spec=spec, run=run, source=source, record=record, exports=reports, seconds=seconds, root=root)
+    log.event("result", path=str(result.path.relative_to(root.path)))
+    return State.SUCCEEDED if all(report.ok for report in reports) else State.PARTIAL
+
+
+def train(
+    spec: Spec, *, run: RunFolder, root: DataRoot, source: ModelSource, log: RunLog, stop: StopSignal,
+    seconds: dict[str, float],
+) -> None:  # fmt: skip
+    """From a resolved spec to `run.trained`: the adapter (or the whole model), the tokenizer and a record."""
+    from dropforge.data import prepare_data
+    from dropforge.models.load import attach_adapter, load_model, save_trained
+    from dropforge.models.tokenizer import load_tokenizer
+    from dropforge.recipes import recipe
+    from dropforge.recipes.inputs import TrainingInputs
+
+    started = time.monotonic()
+    locate = data_locator(root, run)
+    plan = plan_job(spec, root=root, source=source, locate=locate)
+    write_json(run.plan, plan.as_dict())
+    for note in plan.notes:
+        log.event("note", text=note)
+    refuse_if_disk_too_small(plan)
+
+    tokenizer, template = load_tokenizer(source.path, template=spec.data.template)
+    data = prepare_data(spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text))
+    stop.raise_if_requested()
+    model = load_model(source, plan=plan, vocab_size=len(tokenizer))
+    model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.device == "cuda")
+    seconds["preparing"] = time.monotonic() - started
+
+    log.state(State.TRAINING)
+    store = CheckpointStore(run.checkpoints)
+    summary = recipe(spec.method)(
+        TrainingInputs(
+            spec=spec, plan=plan, model=model, tokenizer=tokenizer, data=data, store=store, log=log, stop=stop
+        )
+    )
+    seconds["training"] = summary.seconds
+
+    temporary = run.path / f"{TEMPORARY_PREFIX}trained"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_trained(model, tokenizer, adapter=spec.adapter, source=source, folder=temporary)
+    record = TrainingRecord(
+        plan=plan.as_dict(),
+        summary=asdict(summary),
+        data=asdict(data.report),
+        template=asdict(template),
+        seconds=dict(seconds),
+    )
+    write_json(temporary / "record.json", json.loads(json.dumps(asdict(record))))
+    rename_folder(temporary, run.trained)
+    log.event("trained", steps=summary.steps, loss=summary.train_loss)
+    del model
+    gc.collect()
+
+
+def export(spec: Spec, *, run: RunFolder, root: DataRoot, source: ModelSource, log: RunLog) -> tuple[ExportReport, ...]:
+    """Make and verify every format asked for. The adapter is always among them: it is what the training made."""
+    result = root.result(spec.slug, run.id)
+    result.path.mkdir(parents=True, exist_ok=True)
+    record = read_json(run.trained / "record.json")
+    adapter = run.trained / "adapter"
+    is_lora = spec.adapter.type == "lora"
+    kinds = spec.export if not is_lora or "adapter" in spec.export else ("adapter", *spec.export)
+    request = ExportRequest(
+        base_path=source.path,
+        adapter=adapter if is_lora else None,
+        full=None if is_lora else run.trained / "full",
+        tokenizer=run.trained / "tokenizer",
+        name=spec.name,
+        slug=spec.slug,
+        kinds=kinds,
+        result=result,
+        work=run.path / "export",
+        system=spec.data.system or record["data"]["system"],
+        model_id=source.id,
+    )
+    return export_all(request, log=lambda text: log.event("export", text=text))
+
+
+def read_spec(run: RunFolder) -> Spec:
+    """The resolved spec of a run; it was checked at intake, and is checked again because people edit files."""
+    return check(run.spec_resolved.read_bytes(), filename=run.spec_resolved.name).resolved
+
+
+def pin_revision(run: RunFolder, source: ModelSource) -> Spec:
+    """Write the exact model commit into spec.resolved.yaml, so that the run can be repeated from it alone."""
+    spec = read_spec(run)
+    if source.kind != "hub" or spec.model.revision == source.revision:
+        return spec
+    pinned = spec.model_copy(update={"model": spec.model.model_copy(update={"revision": source.revision})})
+    write_text(run.spec_resolved, to_yaml(pinned))
+    return pinned
+
+
+def plan_job(spec: Spec, *, root: DataRoot, source: ModelSource, locate: Locate) -> Plan:
+    """The plan with the model at hand."""
+    return make_plan(
+        spec,
+        hardware=probe(root.path),
+        model=model_facts(spec.model, folder=source.path),
+        data=data_facts(spec.data, locate),
+    )
+
+
+def refuse_if_disk_too_small(plan: Plan) -> None:
+    """Raises EnvironmentFault with both numbers when the job would fill the disk."""
+    if plan.disk_needed is not None and plan.disk_needed > plan.disk_free:
+        raise EnvironmentFault(
+            f"disk too small: about {plan.disk_needed / GIB:.2f} GiB needed, {plan.disk_free / GIB:.2f} GiB free",
+            code="disk-too-small",
+            where="the data root's file system",
+            reason=Reason.DISK,
+            fix="free space or ask for fewer exports, then `dropforge retry`",
+        )
+
+
+def is_trained(run: RunFolder) -> bool:
+    """True once training has ended and its weights are in place; then only exports are left to do."""
+    return (run.trained / "record.json").exists()

@@ -1,0 +1,53 @@
+"""A Hugging Face folder to GGUF, by llama.cpp's own converter in a child process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropforge.llama_cpp.child import run_tool
+from dropforge.llama_cpp.locate import LlamaCpp
+
+CONVERTER_TYPES = ("f32", "f16", "bf16")
+REPORT_MARK = "dropforge-convert: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What the converter did that is worth reporting."""
+
+    pre_tokenizer: str
+    """llama.cpp's name of the pre-tokenizer; empty for SentencePiece."""
+    pre_tokenizer_by: str
+    """hash (known to the converter), definition (recognised by us), or empty."""
+
+
+def convert(
+    folder: Path, target: Path, *, gguf_type: str, name: str, tools: LlamaCpp, add_space_prefix: bool | None = None
+) -> Conversion:
+    """Write `target` as f32, f16 or bf16 from a folder that holds no code: config, safetensors, tokenizer.
+
+    `add_space_prefix` overrides tokenizer.ggml.add_space_prefix. The child has no network and sees no GPU.
+    Raises ExportError (export-convert) with the converter's last words.
+    """
+    assert gguf_type in CONVERTER_TYPES, gguf_type
+    prefix = "keep" if add_space_prefix is None else str(add_space_prefix).lower()
+    output = run_tool(
+        [sys.executable, "-m", "dropforge.llama_cpp.convert_child", tools.converter, folder, target, gguf_type, name, prefix],
+        what=f"llama.cpp's converter could not read {folder.name}",
+        code="export-convert",
+        fix="if llama.cpp does not support the architecture, leave gguf and ollama out of `export`",
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+    )  # fmt: skip
+    lines = [line for line in output.splitlines() if line.startswith(REPORT_MARK)]
+    report = json.loads(lines[-1].removeprefix(REPORT_MARK)) if lines else {}
+    return Conversion(
+        pre_tokenizer=report.get("pre_tokenizer", ""), pre_tokenizer_by=report.get("pre_tokenizer_by", "")
+    )

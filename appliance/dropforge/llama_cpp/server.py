@@ -1,0 +1,187 @@
+"""llama-server for one GGUF, spoken to over a private Unix socket: no port to guess, nobody else can connect."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dropforge.errors import ExportError
+from dropforge.llama_cpp.child import death_signal, tail
+from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
+
+START_SECONDS = 600.0
+REQUEST_SECONDS = 3600.0
+MAX_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Greedy continuation of a prompt. `logprobs[i]` maps token ids to natural log-probabilities at step i."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+class LlamaServer:
+    """Context manager around one llama-server process.
+
+    `exact=True` keeps the KV cache in f32 and turns flash attention off, so that differences to another runtime come
+    from the file alone. Raises ExportError (gguf-load) when the file does not load.
+    """
+
+    def __init__(
+        self, model: Path, *, tools: LlamaCpp | None = None, context: int = 4096, exact: bool = False,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self._tools = tools or find_llama_cpp()
+        self._context = context
+        self._exact = exact
+        self._threads = threads or usable_threads()
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LlamaServer:
+        self._folder = Path(tempfile.mkdtemp(prefix="dropforge-llama-"))
+        try:
+            self._start(self._folder)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the process and remove its folder. May be called twice."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start(self, folder: Path) -> None:
+        command = [
+            str(self._tools.tool("llama-server")), "--model", str(self.model), "--host", str(folder / "llama.sock"),
+            "--ctx-size", str(self._context), "--parallel", "1", "--threads", str(self._threads), "--jinja",
+            "--no-ui", "--no-slots", "--no-warmup", "--fit", "off", "--reasoning-format", "none", "--offline",
+        ]  # fmt: skip
+        if self._exact:
+            command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+        with (folder / "log.txt").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+                env=_quiet_environment(), preexec_fn=death_signal(),
+            )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise self._failure("the GGUF does not load in llama.cpp", code="gguf-load")
+            try:
+                self._request("GET", "/health", None, timeout=5.0)
+            except (OSError, _NotReady):
+                time.sleep(0.02)
+            else:
+                return
+        raise self._failure(f"llama-server was not ready after {START_SECONDS:.0f} s", code="gguf-load")
+
+    def _failure(self, what: str, *, code: str) -> ExportError:
+        log = self._folder / "log.txt" if self._folder else None
+        said = log.read_text(encoding="utf-8", errors="replace") if log and log.exists() else ""
+        return ExportError(what, code=code, where=self.model.name, why=f"llama-server said last:\n{tail(said)}")
+
+    def _request(self, method: str, path: str, body: Any, *, timeout: float = REQUEST_SECONDS) -> Any:
+        assert self._folder is not None, "LlamaServer is used outside of its with block"
+        connection = _UnixConnection(str(self._folder / "llama.sock"), timeout)
+        try:
+            payload = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            text = reply.read().decode("utf-8", errors="replace")
+        finally:
+            connection.close()
+        if reply.status == http.client.SERVICE_UNAVAILABLE:
+            raise _NotReady(text)
+        if reply.status != http.client.OK:
+            raise ExportError(
+                f"llama-server refused {path}", code="llama-server", where=self.model.name, why=text[:500]
+            )
+        return json.loads(text)
+
+    def properties(self) -> dict[str, Any]:
+        """What the runtime read from the file: chat_template, bos_token, eos_token, default settings ..."""
+        result: dict[str, Any] = self._request("GET", "/props", None)
+        return result
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; `add_special` lets the file's own BOS and EOS rules act."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        tokens: list[int] = self._request("POST", "/tokenize", body)["tokens"]
+        return tokens
+
+    def apply_template(self, messages: list[dict[str, str]]) -> str:
+        """The conversation as text, rendered by the chat template inside the file, ready for the next answer."""
+        prompt: str = self._request("POST", "/apply-template", {"messages": messages})["prompt"]
+        return prompt
+
+    def complete(self, tokens: list[int], *, max_tokens: int, n_probs: int = 0) -> Completion:
+        """Continue the ids greedily; with `n_probs` also the likeliest tokens of each step, before any sampler."""
+        body = {
+            "prompt": tokens, "n_predict": max_tokens, "n_probs": n_probs, "temperature": 0.0, "samplers": ["temperature"],
+            "cache_prompt": False, "return_tokens": True, "post_sampling_probs": False,
+        }  # fmt: skip
+        reply = self._request("POST", "/completion", body)
+        steps = reply.get("completion_probabilities", [])
+        return Completion(
+            text=reply["content"],
+            tokens=reply["tokens"],
+            logprobs=[{item["id"]: item["logprob"] for item in step["top_logprobs"]} for step in steps],
+        )
+
+    def chat(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
+        """The assistant's answer, rendered with the chat template inside the file."""
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        reply = self._request("POST", "/v1/chat/completions", body)
+        content: str = reply["choices"][0]["message"]["content"] or ""
+        return content
+
+
+def usable_threads() -> int:
+    """Cores this process may use, at most 16: more does not help generation."""
+    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+
+
+def _quiet_environment() -> dict[str, str]:
+    """Without LLAMA_* variables, which would change the settings a check relies on."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+
+
+class _NotReady(Exception):  # noqa: N818  (a state of the server, seen only in this file)
+    """The model is still loading."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

@@ -1,0 +1,1 @@
+"""Models: where they come from, their tokenizers and templates, and the builtin ones."""

@@ -1,0 +1,144 @@
+"""Load the base model as the plan says, and attach what will be trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dropforge.errors import ModelError
+from dropforge.models.source import ModelSource
+from dropforge.plan import Plan
+from dropforge.spec import AdapterSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTrainedModel:
+    """The base model in eval mode, on the plan's device, with at least `vocab_size` embedding rows.
+
+    Raises:
+        ModelError: the folder holds no causal language model that transformers knows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {"dtype": getattr(torch, plan.compute_dtype), "use_safetensors": True}
+    if plan.weight_dtype == "nf4":
+        arguments["quantization_config"] = _nf4(getattr(torch, plan.compute_dtype))
+    else:
+        arguments["dtype"] = getattr(torch, plan.weight_dtype)
+    if plan.device == "cuda":
+        arguments["device_map"] = {"": 0}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            f"model {source.id!r} cannot be loaded",
+            code="model-load",
+            where="model.id",
+            why=str(error).split("\n")[0],
+            fix="check that it is a text-generation model that this version of transformers knows",
+        ) from error
+    model.config.use_cache = False
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment, union-attr]
+    if vocab_size > rows:
+        # Mean initialisation keeps the new rows inside the distribution the model knows (Hewitt 2021).
+        model.resize_token_embeddings(vocab_size, mean_resizing=True)
+    return model
+
+
+def _nf4(compute_dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, checkpointing: bool) -> PreTrainedModel:
+    """The model with LoRA matrices as its only trained weights, or every weight trained for `type: full`.
+
+    Args:
+        seed: LoRA's A matrices are random; the same seed gives the same ones.
+        checkpointing: activations will be recomputed, so the inputs must require gradients.
+
+    Raises:
+        ModelError: adapter-target-unknown, when target_modules or modules_to_save name nothing in this model.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    if adapter.type == "full":
+        return model.requires_grad_(True)  # type: ignore[return-value]
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    _check_names(model, adapter)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha or adapter.r,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=adapter.target_modules
+        if isinstance(adapter.target_modules, str)
+        else list(adapter.target_modules),
+        modules_to_save=list(adapter.modules_to_save) or None,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        init_lora_weights=True if adapter.init_lora_weights == "default" else adapter.init_lora_weights,
+        layers_to_transform=list(adapter.layers_to_transform) if adapter.layers_to_transform else None,
+        bias="none",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def _check_names(model: PreTrainedModel, adapter: AdapterSpec) -> None:
+    import difflib
+
+    known = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children()) and name}
+    )
+    asked = [] if isinstance(adapter.target_modules, str) else [("target_modules", n) for n in adapter.target_modules]
+    asked += [("modules_to_save", name) for name in adapter.modules_to_save]
+    for field, name in asked:
+        if name.rsplit(".", 1)[-1] not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ModelError(
+                f"adapter.{field}: this model has no module {name!r}",
+                code="adapter-target-unknown",
+                where=f"adapter.{field}",
+                why=f"its modules are {', '.join(known)}",
+                fix=f"did you mean {near[0]!r}?" if near else "use all-linear, or names from that list",
+            )
+
+
+def save_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapter: AdapterSpec,
+    source: ModelSource,
+    folder: Any,
+) -> None:
+    """Write adapter/ (PEFT) or full/ (transformers), and tokenizer/, into `folder`. Same weights, same bytes."""
+    import json
+
+    if adapter.type == "full":
+        model.save_pretrained(folder / "full")
+    else:
+        model.save_pretrained(folder / "adapter")
+        config_path = folder / "adapter" / "adapter_config.json"
+        config = json.loads(config_path.read_text())
+        # A path of this machine helps nobody, and sets are written in the order of this process's hash seed.
+        config["base_model_name_or_path"] = source.id
+        for key in ("target_modules", "modules_to_save", "exclude_modules"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,0 +1,68 @@
+"""What this release runs, and which release brings the rest. The spec accepts the words already, so files keep."""
+
+from __future__ import annotations
+
+from dropforge.errors import Problem
+from dropforge.spec import Spec
+
+METHODS = {
+    "sft": "0.1", "cpt": "0.1",
+    "dpo": "0.3", "orpo": "0.3", "kto": "0.3", "simpo": "0.3", "reward": "0.3",
+    "grpo": "0.4", "dr_grpo": "0.4", "dapo": "0.4", "bnpo": "0.4", "gspo": "0.4", "rloo": "0.4", "ppo": "0.4",
+    "embedding": "0.5", "reranker": "0.5", "classifier": "0.5", "vision": "0.5", "tts": "0.5", "stt": "0.5",
+}  # fmt: skip
+QUANTIZATIONS = {"none": "0.1", "nf4": "0.1", "int8": "0.2", "fp8": "0.2", "mxfp4": "0.3"}
+EXPORTS = {
+    "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1",
+    "merged_4bit": "0.2", "fp8": "0.2", "lora_gguf": "0.2", "torchao": "0.3", "executorch": "0.3",
+}  # fmt: skip
+# These lose too much without an importance matrix; llama.cpp refuses them.
+GGUF_NEEDS_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"})
+FORMATS = {"preference": "0.3", "prompt": "0.4"}
+CURRENT = "0.1"
+
+
+def not_yet(spec: Spec) -> list[Problem]:
+    """Everything in the spec that is valid but arrives with a later release; empty when the job can run."""
+    asked: list[tuple[str, str, str]] = [
+        ("method", spec.method, METHODS[spec.method]),
+        ("model.quantization", spec.model.quantization, QUANTIZATIONS[spec.model.quantization]),
+    ]
+    asked += [("export", entry, _export_release(entry)) for entry in spec.export]
+    if isinstance(spec.data.format, str):
+        asked.append(("data.format", spec.data.format, FORMATS.get(spec.data.format, CURRENT)))
+    if spec.data.packing is True:
+        asked.append(("data.packing", "true", "0.2"))
+    if spec.adapter.init_lora_weights == "loftq":
+        asked.append(("adapter.init_lora_weights", "loftq", "0.2"))
+    if spec.model.remote_code:
+        asked.append(("model.remote_code", "true", "0.2"))
+    if spec.publish.hub:
+        asked.append(("publish.hub", spec.publish.hub.repo, "0.2"))
+    if spec.train.on_oom == "shrink":
+        asked.append(("train.on_oom", "shrink", "0.2"))
+    if isinstance(spec.resources.gpus, str) or spec.resources.gpus > 1:
+        asked.append(("resources.gpus", str(spec.resources.gpus), "0.3"))
+    asked += [("report_to", name, "0.2") for name in spec.report_to]
+    return [
+        Problem(
+            code="not-in-this-release",
+            what=f"{where}: {value} arrives with release {release}; this is {CURRENT}",
+            where=where,
+            fix=_instead(where),
+        )
+        for where, value, release in asked
+        if release != CURRENT
+    ]
+
+
+def _export_release(entry: str) -> str:
+    kind, _, detail = entry.partition(":")
+    return "0.2" if detail in GGUF_NEEDS_IMATRIX or detail == "q2_k_l" else EXPORTS[kind]
+
+
+def _instead(where: str) -> str:
+    table = {"method": METHODS, "model.quantization": QUANTIZATIONS, "export": EXPORTS}.get(where)
+    if table is None:
+        return "leave it out"
+    return "use one of: " + ", ".join(name for name, release in table.items() if release == CURRENT)

@@ -1,0 +1,71 @@
+"""All environment variables Dropforge reads, read once, frozen. No other file touches os.environ for configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Configuration of the process. Every field is documented in docs/reference/environment.md."""
+
+    data_root: Path
+    """DROPFORGE_DATA: the folder that holds everything mutable."""
+    cache: Path
+    """DROPFORGE_CACHE: built tools and builtin models that several data roots share."""
+    device: str
+    """DROPFORGE_DEVICE: auto, cpu or cuda."""
+    llama_cpp: Path | None
+    """DROPFORGE_LLAMA_CPP: folder with llama.cpp's tools and converter; default: the cache, then /opt/llama.cpp."""
+    poll_seconds: float
+    """DROPFORGE_POLL_SECONDS: how often the daemon looks at the inbox."""
+    settle_seconds: float
+    """DROPFORGE_SETTLE_SECONDS: how long a dropped file must stay unchanged before it is taken."""
+    grace_seconds: float
+    """DROPFORGE_GRACE_SECONDS: how long a job may take to save its checkpoint when it is stopped."""
+
+
+def _read() -> Settings:
+    env = os.environ
+    home = Path(env.get("HOME") or "/tmp")
+    container_root = Path("/workspace/work")
+    default_root = container_root if container_root.is_dir() else home / "dropforge"
+    llama = env.get("DROPFORGE_LLAMA_CPP")
+    return Settings(
+        data_root=Path(env.get("DROPFORGE_DATA") or default_root).absolute(),
+        cache=Path(env.get("DROPFORGE_CACHE") or home / ".cache" / "dropforge").absolute(),
+        device=env.get("DROPFORGE_DEVICE") or "auto",
+        llama_cpp=Path(llama).absolute() if llama else None,
+        poll_seconds=_number("DROPFORGE_POLL_SECONDS", 1.0),
+        settle_seconds=_number("DROPFORGE_SETTLE_SECONDS", 5.0),
+        grace_seconds=_number("DROPFORGE_GRACE_SECONDS", 120.0),
+    )
+
+
+def _number(name: str, default: float) -> float:
+    from dropforge.errors import EnvironmentFault
+
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise EnvironmentFault(
+            f"{name} must be a number of seconds, not {text!r}",
+            code="setting-invalid",
+            where=f"environment variable {name}",
+            fix=f"unset it, or set it to a number such as {default:g}",
+        )
+    return value
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process. Tests call `settings.cache_clear()` after changing the environment."""
+    return _read()

@@ -1,0 +1,351 @@
+"""The job spec, version 1: what a user may write, checked field by field, frozen.
+
+Names follow transformers' TrainingArguments, TRL's configs and PEFT's LoraConfig wherever one exists there. Unknown
+keys are refused. Nothing here can name code, an absolute path, an environment variable or a secret's value.
+
+Parsing of files is in spec_file.py, filling of defaults in spec_defaults.py, what this release can run in releases.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Method = Literal[
+    "sft", "cpt", "dpo", "orpo", "kto", "simpo", "reward", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "rloo", "ppo",
+    "embedding", "reranker", "classifier", "vision", "tts", "stt",
+]  # fmt: skip
+Quantization = Literal["none", "nf4", "int8", "fp8", "mxfp4"]
+DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "text", "prompt_completion", "preference", "prompt"]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+Optimizer = Literal[
+    "adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_8bit",
+    "adafactor", "sgd",
+]  # fmt: skip
+
+GGUF_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s", "q4_0", "q4_1",
+    "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_l", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
+    "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq1_0", "tq2_0",
+)  # fmt: skip
+GGUF_ALIASES = {
+    "not_quantized": "f16",
+    "fast_quantized": "q8_0",
+    "quantized": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "q4_k": "q4_k_m",
+    "q3_k": "q3_k_m",
+    "q3_k_xs": "iq3_xs",
+}
+EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
+
+
+def relative_path(text: str) -> str:
+    """Accept `a/b.jsonl`; refuse absolute paths, `..`, backslashes, `~` and control characters."""
+    if text.startswith(("/", "~")) or re.match(r"^[A-Za-z]:", text):
+        raise ValueError("must be relative to the job folder or to datasets/, not absolute")
+    if "\\" in text or any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError("must not hold backslashes or control characters")
+    if ".." in text.split("/"):
+        raise ValueError("must not contain '..'")
+    return text
+
+
+def _model_id(text: str) -> str:
+    if text.startswith(("/", "~", ".")) or ".." in text.split("/"):
+        raise ValueError("must be a hub id, a folder under models/ or builtin:NAME, never an absolute path or '..'")
+    if not re.fullmatch(r"(builtin:)?[A-Za-z0-9][\w.-]*(/[\w.-]+)*", text):
+        raise ValueError("must look like org/name, a folder name under models/, or builtin:NAME")
+    return text
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
+        if not match:
+            raise ValueError("must be a number of seconds or a text such as 90m, 12h, 2d")
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    return value
+
+
+class Section(BaseModel):
+    """Base of every part of the spec: unknown keys refused, no silent conversion, no NaN, frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+
+class ModelSpec(Section):
+    """The base model."""
+
+    id: Annotated[str, AfterValidator(_model_id)] = Field(max_length=200)
+    """Hub id, folder under models/, or builtin:tiny-llama, builtin:tiny-qwen3."""
+    revision: str | None = Field(default=None, pattern=r"^[\w./-]{1,100}$")
+    """Branch, tag or commit of a hub model; a full commit makes the run repeatable."""
+    quantization: Quantization = "none"
+    """How the frozen weights are held while training: nf4 is QLoRA."""
+    max_seq_length: int = Field(default=2048, ge=8, le=4_194_304)
+    """Longest training row, in tokens; longer rows are truncated and counted."""
+    remote_code: bool = False
+    """Ask to run Python code that comes with the model. Held until a person approves."""
+
+
+class AdapterSpec(Section):
+    """What is trained: LoRA matrices (`type: lora`) or every weight (`type: full`)."""
+
+    type: Literal["lora", "full"] = "lora"
+    r: int = Field(default=16, ge=1, le=4096)
+    lora_alpha: int | None = Field(default=None, ge=1, le=65536)
+    """Scale; default: equal to r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full beside LoRA, such as embed_tokens and lm_head."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "olora"] = "default"
+    layers_to_transform: tuple[int, ...] | None = None
+
+
+class ColumnsFormat(Section):
+    """Build prompt and response from columns; `[[...]]` is dropped when its first column is empty."""
+
+    class Columns(Section):
+        prompt: str
+        response: str
+
+    columns: Columns
+
+
+class SourceSpec(Section):
+    """One data source: a file or folder beside the spec or under datasets/, or a hub id."""
+
+    path: Annotated[str, AfterValidator(relative_path)] = Field(min_length=1, max_length=1000)
+    weight: float = Field(default=1, gt=0, le=1000)
+    """Rows are repeated (or thinned out) by this factor."""
+    split: str | None = Field(default=None, max_length=200)
+    revision: str | None = Field(default=None, pattern=r"^[\w./-]{1,100}$")
+
+
+class EvalSpec(Section):
+    """Evaluation data: a share of the training rows, or sources of their own."""
+
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    sources: tuple[SourceSpec, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EvalSpec:
+        if (self.fraction is None) == (not self.sources):
+            raise ValueError("give either fraction or sources")
+        return self
+
+
+def _sources(value: Any) -> Any:
+    if isinstance(value, (str, dict)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return tuple({"path": item} if isinstance(item, str) else item for item in value)
+    return value
+
+
+def _data(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"train": value}
+
+
+def _evaluation(value: Any) -> Any:
+    if isinstance(value, dict) and {"fraction", "sources"} & set(value):
+        return {**value, "sources": _sources(value.get("sources", ()))}
+    return {"sources": _sources(value)} if isinstance(value, (str, list, dict)) else value
+
+
+class DataSpec(Section):
+    """What is learnt from."""
+
+    train: Annotated[
+        tuple[SourceSpec, ...],
+        BeforeValidator(_sources, json_schema_input_type=str | SourceSpec | list[str | SourceSpec]),
+    ] = Field(min_length=1)
+    eval: Annotated[
+        EvalSpec | None,
+        BeforeValidator(
+            _evaluation, json_schema_input_type=EvalSpec | str | SourceSpec | list[str | SourceSpec] | None
+        ),
+    ] = None
+    format: DataFormat | ColumnsFormat = "auto"
+    template: str = Field(default="auto", min_length=1, max_length=20_000)
+    """Chat template: auto (the model's own, else chatml), or a name."""
+    system: str | None = Field(default=None, max_length=20_000)
+    """System message for conversations that have none; also written to the Modelfile."""
+    train_on: Literal["responses", "everything"] = "responses"
+    packing: Literal["auto"] | bool = "auto"
+
+
+class EarlyStopping(Section):
+    """Stop when the evaluation loss has not improved for `patience` evaluations; the best weights are kept."""
+
+    patience: int = Field(ge=1, le=1000)
+    threshold: float = Field(default=0.0, ge=0)
+
+
+class TrainSpec(Section):
+    """How it is learnt. Fields without a default are filled in by spec_defaults.py from method and adapter."""
+
+    num_train_epochs: float | None = Field(default=None, gt=0, le=100_000)
+    max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Ends the training after so many optimizer steps; wins over num_train_epochs."""
+    learning_rate: float | None = Field(default=None, gt=0, le=10)
+    embedding_learning_rate: float | None = Field(default=None, gt=0, le=10)
+    effective_batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Rows per optimizer step over all devices: per_device_train_batch_size x gradient_accumulation_steps x devices."""
+    per_device_train_batch_size: int | None = Field(default=None, ge=1, le=65536)
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
+    lr_scheduler_type: Scheduler = "linear"
+    warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    weight_decay: float = Field(default=0.001, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    optim: Optimizer = "adamw_8bit"
+    seed: int = Field(default=3407, ge=0, le=2**32 - 1)
+    logging_steps: int = Field(default=1, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
+    early_stopping: EarlyStopping | None = None
+    save_minutes: float = Field(default=10, gt=0, le=10_000)
+    save_steps: int | None = Field(default=None, ge=1)
+    """Also save every so many steps."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0, le=1000)
+    on_oom: Literal["fail", "shrink"] = "fail"
+    beta: float | None = Field(default=None, ge=0, le=1000)
+    loss_type: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
+    num_generations: int | None = Field(default=None, ge=2, le=4096)
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    max_completion_length: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, gt=0, le=10)
+    epsilon: float | None = Field(default=None, gt=0, lt=10)
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> TrainSpec:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give either warmup_ratio or warmup_steps, not both")
+        batch, micro, steps = (
+            self.effective_batch_size,
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+        )
+        if batch is not None and micro is not None and steps is not None and batch != micro * steps:
+            raise ValueError(
+                "effective_batch_size is not per_device_train_batch_size x gradient_accumulation_steps; give only two"
+            )
+        if batch is not None and batch % (micro or steps or 1):
+            raise ValueError("effective_batch_size must be a multiple of the other batch setting")
+        return self
+
+
+class ResourcesSpec(Section):
+    """What the job may use."""
+
+    gpus: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = 1
+    priority: int = Field(default=50, ge=0, le=100)
+    time_limit: Annotated[float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)] = Field(
+        default=None, gt=0
+    )
+    """Seconds, or a text such as 90m, 12h, 2d."""
+
+
+class HubSpec(Section):
+    """Push the result to the hub; `secret` names the token, it never holds it."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    private: bool = True
+    secret: str = Field(default="HF_TOKEN", pattern=r"^[A-Z][A-Z0-9_]{0,63}$")
+
+
+class PublishSpec(Section):
+    hub: HubSpec | None = None
+
+
+def _model(value: Any) -> Any:
+    if isinstance(value, str):
+        name, _, revision = value.partition("@")
+        return {"id": name, "revision": revision} if revision else {"id": name}
+    return value
+
+
+def _export(value: Any) -> Any:
+    """`gguf:q4_k_m,q8_0` becomes two entries; aliases become their types; repetitions go."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    entries: list[Any] = []
+    for item in value:
+        if isinstance(item, str) and item.lower().startswith("gguf:"):
+            types = [text.strip().lower() for text in item[5:].split(",")]
+            entries += [f"gguf:{GGUF_ALIASES.get(name, name)}" for name in types]
+        else:
+            entries.append(item)
+    return tuple(dict.fromkeys(entries)) if all(isinstance(e, str) for e in entries) else tuple(entries)
+
+
+def _export_entry(entry: str) -> str:
+    kind, _, detail = entry.partition(":")
+    if kind not in EXPORT_KINDS:
+        raise ValueError(f"unknown export {entry!r}; known: {', '.join(EXPORT_KINDS)}")
+    if kind == "gguf" and detail not in GGUF_TYPES:
+        raise ValueError(f"unknown GGUF type {detail!r}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
+    if kind != "gguf" and detail:
+        raise ValueError(f"{kind} takes no detail, so write just {kind!r}")
+    return entry
+
+
+class Spec(Section):
+    """One job. `export` is required and belongs last, so that a half-copied file does not validate."""
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}$")
+    model: Annotated[ModelSpec, BeforeValidator(_model, json_schema_input_type=str | ModelSpec)]
+    method: Method = "sft"
+    adapter: AdapterSpec = AdapterSpec()
+    data: Annotated[DataSpec, BeforeValidator(_data, json_schema_input_type=str | list[str | SourceSpec] | DataSpec)]
+    train: TrainSpec = TrainSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    publish: PublishSpec = PublishSpec()
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    rerun: bool = False
+    """Run although the same file is queued or running already."""
+    export: Annotated[
+        tuple[Annotated[str, AfterValidator(_export_entry)], ...],
+        BeforeValidator(_export, json_schema_input_type=str | list[str]),
+    ] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Spec:
+        if self.train.early_stopping and self.data.eval is None:
+            raise ValueError("train.early_stopping needs data.eval, for instance `eval: {fraction: 0.05}`")
+        if self.adapter.type == "full" and "adapter" in self.export:
+            raise ValueError("export `adapter` needs adapter.type: lora; full fine-tuning exports `merged`")
+        if self.adapter.type == "full" and self.model.quantization != "none":
+            raise ValueError(
+                f"adapter.type full trains every weight, which {self.model.quantization} weights cannot take; "
+                "choose adapter.type: lora, or model.quantization: none"
+            )
+        return self
+
+    @property
+    def slug(self) -> str:
+        """The name as it appears in ids and folders: lower-case letters, digits and dashes, at most 40."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:40].rstrip("-") or "job"
+
+    @property
+    def gguf_types(self) -> tuple[str, ...]:
+        return tuple(entry[5:] for entry in self.export if entry.startswith("gguf:"))

@@ -1,0 +1,213 @@
+"""Check a spec file completely: parse, validate, resolve. `check` does it here, `check_in_child` under limits.
+
+The daemon and every command use the child for files they did not write themselves: a hostile file then kills a process
+that owns nothing (a C YAML loader dies on deep nesting; a pure one recurses).
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dropforge.errors import Problem, SpecError
+from dropforge.spec import Spec
+from dropforge.spec_file import ParsedFile, Path, parse, refuse
+
+CPU_SECONDS = 10
+MEMORY_BYTES = 1 << 30
+WALL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedSpec:
+    """A spec as the user wrote it and with every default filled in."""
+
+    spec: Spec
+    resolved: Spec
+
+
+def check(raw: bytes, *, filename: str) -> CheckedSpec:
+    """Raises SpecError with every problem found."""
+    from pydantic import ValidationError
+
+    from dropforge.releases import not_yet
+    from dropforge.spec_defaults import resolve
+
+    parsed = parse(raw, filename=filename)
+    try:
+        spec = Spec.model_validate_json(json.dumps(parsed.value, allow_nan=False))
+    except ValidationError as error:
+        raise SpecError.of([_explain(item, parsed, filename) for item in _once(error.errors())]) from None
+    later = not_yet(spec)
+    if later:
+        raise SpecError.of(later)
+    return CheckedSpec(spec=spec, resolved=resolve(spec))
+
+
+def to_yaml(spec: Spec) -> str:
+    """The spec as YAML 1.2 that `parse` reads back to an equal spec."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    # JSON first: tuples and enums become what YAML knows. Strings that look like numbers are quoted by the emitter.
+    yaml.dump(json.loads(spec.model_dump_json()), stream)
+    return stream.getvalue()
+
+
+def check_in_child(raw: bytes, *, filename: str) -> CheckedSpec:
+    """`check` in a child process with CPU, memory and wall-time limits. Raises SpecError."""
+    command = [sys.executable, "-P", "-m", "dropforge.spec_check", filename]
+    try:
+        done = subprocess.run(command, input=raw, capture_output=True, timeout=WALL_SECONDS, preexec_fn=_limit)
+    except subprocess.TimeoutExpired:
+        raise _overrun(filename, f"reading it took over {WALL_SECONDS:g} s") from None
+    if done.returncode != 0:
+        raise _overrun(filename, f"reading it ended the reader (exit status {done.returncode})")
+    answer = json.loads(done.stdout)
+    if answer["problems"]:
+        raise SpecError.of([Problem(**item) for item in answer["problems"]])
+    return CheckedSpec(
+        spec=Spec.model_validate_json(answer["spec"]), resolved=Spec.model_validate_json(answer["resolved"])
+    )
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _overrun(filename: str, why: str) -> SpecError:
+    return refuse(
+        "spec-hostile",
+        "the spec cannot be read within the limits for a spec",
+        filename=filename,
+        why=why,
+        fix="simplify the file; a spec is small and flat",
+    )
+
+
+def _once(errors: Any) -> list[Any]:
+    """Drop repeated locations (a union reports one error per member) and complaints about a part with wrong parts."""
+    seen: dict[tuple[Any, ...], Any] = {}
+    for item in errors:
+        location = tuple(part for part in item["loc"] if not _is_union_tag(part))
+        seen.setdefault(location, {**item, "loc": location})
+    return [
+        item
+        for location, item in seen.items()
+        if not any(other[: len(location)] == location for other in seen if other != location)
+    ]
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in _UNION_TAGS or "[" in part or "-" in part)
+
+
+_UNION_TAGS = frozenset({"ColumnsFormat", "int", "bool", "str"})
+
+
+def _explain(item: Any, parsed: ParsedFile, filename: str) -> Problem:
+    """One pydantic error as a Problem with the line, the nearest key or value, and what to do."""
+    location: Path = item["loc"]
+    dotted = ".".join(str(part) for part in location) or "(the whole spec)"
+    line = _line(location, parsed)
+    where = f"{filename}, line {line}: {dotted}" if line else f"{filename}: {dotted}"
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        keys = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), keys, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(keys)}"
+        return Problem(code="spec-unknown-key", what=f"unknown key {str(location[-1])!r}", where=where, fix=fix)
+    if kind == "missing":
+        return Problem(
+            code="spec-missing-key",
+            what=f"required key {dotted!r} is missing",
+            where=where,
+            fix=_MISSING_FIX.get(dotted, "add it"),
+        )
+    value = item.get("input")
+    if kind == "literal_error":
+        expected = context["expected"]
+        near = difflib.get_close_matches(
+            str(value), [w.strip("' ") for w in expected.replace(" or ", ", ").split(",")], n=1
+        )
+        fix = f"did you mean {near[0]!r}? " if near else ""
+        return Problem(
+            code="spec-value",
+            what=f"{dotted}: {value!r} is not one of the allowed values",
+            where=where,
+            fix=f"{fix}Allowed: {expected}",
+        )
+    shown = "" if isinstance(value, (dict, list, tuple)) else f", not {value!r}"
+    text = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return Problem(code="spec-value", what=f"{dotted}: {text}{shown}", where=where, fix="see docs/reference/spec.md")
+
+
+_MISSING_FIX = {
+    "version": "add `version: 1`",
+    "export": "add `export: [gguf:q4_k_m, ollama]` as the last line; a missing export often means a half-copied file",
+    "data": "add `data: my-rows.jsonl`",
+    "model": "add `model: builtin:tiny-llama` or a hub id",
+    "name": "add `name: my-first-job`",
+}
+
+
+def _line(location: Path, parsed: ParsedFile) -> int | None:
+    for end in range(len(location), 0, -1):
+        if location[:end] in parsed.lines:
+            return parsed.lines[location[:end]]
+    return None
+
+
+def _known_keys(location: Path) -> list[str]:
+    """Field names of the section at `location`."""
+    schema = Spec.model_json_schema()
+    node: Any = schema
+    for part in location:
+        if isinstance(part, int):
+            node = _form(node, "items", schema["$defs"]).get("items", {})
+        else:
+            node = _form(node, "properties", schema["$defs"]).get("properties", {}).get(part, {})
+    return list(_form(node, "properties", schema["$defs"]).get("properties", {}))
+
+
+def _form(node: Any, key: str, definitions: Any) -> Any:
+    """Follow $ref and pick the form that has `key` ("properties" or "items") out of a union; {} when there is none."""
+    if "$ref" in node:
+        return _form(definitions[node["$ref"].rsplit("/", 1)[-1]], key, definitions)
+    if key in node:
+        return node
+    for option in node.get("anyOf", ()):
+        found = _form(option, key, definitions)
+        if found:
+            return found
+    return {}
+
+
+def _child() -> None:
+    raw = sys.stdin.buffer.read()
+    try:
+        checked = check(raw, filename=sys.argv[1])
+    except SpecError as error:
+        answer: dict[str, Any] = {"problems": [asdict(p) for p in error.problems]}
+    else:
+        answer = {
+            "problems": [],
+            "spec": checked.spec.model_dump_json(exclude_unset=True),
+            "resolved": checked.resolved.model_dump_json(),
+        }
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _child()

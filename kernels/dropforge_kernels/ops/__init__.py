@@ -1,0 +1,16 @@
+"""The public operations. Each lives in the file of its name, with its kernels; ``dropforge_kernels.reference``
+mirrors them.
+
+Importing this package imports torch and triton, registers the custom ops, and does nothing else.
+"""
+
+from __future__ import annotations
+
+from dropforge_kernels.ops.rms_norm import add_rms_norm as add_rms_norm
+from dropforge_kernels.ops.rms_norm import rms_norm as rms_norm
+from dropforge_kernels.ops.cross_entropy import cross_entropy as cross_entropy
+from dropforge_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from dropforge_kernels.ops.linear_logprobs import linear_logprobs as linear_logprobs
+from dropforge_kernels.ops.qk_norm import qk_norm as qk_norm
+from dropforge_kernels.ops.qk_norm import qk_norm_rope as qk_norm_rope
+from dropforge_kernels.ops.rope import rope as rope

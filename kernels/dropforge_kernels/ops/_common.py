@@ -1,0 +1,49 @@
+"""What the operations' launchers share: rows of a tensor without copying, and registration of opaque custom ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+
+def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns (tensor, distance between rows) with the last dimension contiguous and all leading ones walked by one
+    stride.
+
+    Copies only where the layout cannot be walked like that. The tensor keeps its shape; kernels take its pointer and
+    the stride.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1] if x.dim() else 1
+    strides, shape = x.stride(), x.shape
+    if strides[-1] == 1 or shape[-1] == 1:
+        outer = x.dim() - 2
+        if outer < 0:
+            return x, shape[-1]
+        if all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(outer)):
+            return x, strides[outer]
+    return x.contiguous(), shape[-1]
+
+
+def register(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
+    """Registers ``dropforge::name`` as one opaque op for torch.compile and export: no mutation, no aliasing, ``fake``
+    for shapes.
+
+    Eager calls do not go through it: the dispatcher's Python layers cost the host more than the launch itself.
+    """
+    op = torch.library.custom_op(f"dropforge::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors of a CUDA device; 1 for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

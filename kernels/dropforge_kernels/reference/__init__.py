@@ -1,0 +1,16 @@
+"""The public operations in plain PyTorch: what the kernels are tested against, and what runs where there is no GPU.
+
+Each file mirrors the one of its name in ``dropforge_kernels.ops``: same functions, same arguments, same rounding of
+the result. Written for reading, not for speed; every intermediate that the kernel keeps in fp32 is fp32 here too.
+"""
+
+from __future__ import annotations
+
+from dropforge_kernels.reference.rms_norm import add_rms_norm as add_rms_norm
+from dropforge_kernels.reference.rms_norm import rms_norm as rms_norm
+from dropforge_kernels.reference.cross_entropy import cross_entropy as cross_entropy
+from dropforge_kernels.reference.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from dropforge_kernels.reference.linear_logprobs import linear_logprobs as linear_logprobs
+from dropforge_kernels.reference.qk_norm import qk_norm as qk_norm
+from dropforge_kernels.reference.qk_norm import qk_norm_rope as qk_norm_rope
+from dropforge_kernels.reference.rope import rope as rope
