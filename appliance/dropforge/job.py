@@ -10,10 +10,12 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from dropforge.checkpoints import CheckpointStore
-from dropforge.errors import EnvironmentFault, Reason
+from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.facts import data_facts, model_facts
@@ -23,7 +25,7 @@ from dropforge.locate import Locate, data_locator
 from dropforge.models.source import ModelSource, resolve_model
 from dropforge.paths import DataRoot, RunFolder
 from dropforge.plan import Plan, make_plan
-from dropforge.results import TrainingRecord, finish_result
+from dropforge.results import TrainingRecord, finish_result, good_exports
 from dropforge.spec import Spec
 from dropforge.spec_check import check, to_yaml
 from dropforge.states import State
@@ -51,13 +53,21 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
 
     log.state(State.EXPORTING)
     exporting = time.monotonic()
-    reports = export(spec, run=run, root=root, source=source, log=log)
+    reports = export(spec, kinds=asked_exports(spec), run=run, root=root, source=source, log=log)
     seconds["exporting"] = time.monotonic() - exporting
     seconds["total"] = time.monotonic() - started
 
     result = root.result(spec.slug, run.id)
-    record = TrainingRecord(**read_json(run.trained / "record.json"))
-    finish_result(result, spec=spec, run=run, source=source, record=record, exports=reports, seconds=seconds, root=root)
+    finish_result(
+        result,
+        spec=spec,
+        run=run,
+        source=source,
+        record=training_record(run),
+        exports=reports,
+        seconds=seconds,
+        root=root,
+    )
     log.event("result", path=str(result.path.relative_to(root.path)))
     return State.SUCCEEDED if all(report.ok for report in reports) else State.PARTIAL
 
@@ -115,28 +125,83 @@ def train(
     gc.collect()
 
 
-def export(spec: Spec, *, run: RunFolder, root: DataRoot, source: ModelSource, log: RunLog) -> tuple[ExportReport, ...]:
-    """Make and verify every format asked for. The adapter is always among them: it is what the training made."""
+def export(
+    spec: Spec, *, kinds: tuple[str, ...], run: RunFolder, root: DataRoot, source: ModelSource, log: RunLog
+) -> tuple[ExportReport, ...]:
+    """Make and verify the exports that are not there yet. Returns the reports of all, earlier ones included."""
     result = root.result(spec.slug, run.id)
     result.path.mkdir(parents=True, exist_ok=True)
-    record = read_json(run.trained / "record.json")
-    adapter = run.trained / "adapter"
+    earlier = good_exports(result)
     is_lora = spec.adapter.type == "lora"
-    kinds = spec.export if not is_lora or "adapter" in spec.export else ("adapter", *spec.export)
     request = ExportRequest(
         base_path=source.path,
-        adapter=adapter if is_lora else None,
+        adapter=run.trained / "adapter" if is_lora else None,
         full=None if is_lora else run.trained / "full",
         tokenizer=run.trained / "tokenizer",
         name=spec.name,
         slug=spec.slug,
-        kinds=kinds,
+        kinds=tuple(kind for kind in kinds if kind not in earlier),
         result=result,
         work=run.path / "export",
-        system=spec.data.system or record["data"]["system"],
+        system=spec.data.system or training_record(run).data["system"],
         model_id=source.id,
     )
-    return export_all(request, log=lambda text: log.event("export", text=text))
+    made = {report.kind: report for report in export_all(request, log=lambda text: log.event("export", text=text))}
+    shutil.rmtree(request.work, ignore_errors=True)
+    return tuple({**earlier, **made}.values())
+
+
+def asked_exports(spec: Spec) -> tuple[str, ...]:
+    """The spec's exports; an adapter is always among them, because it is what the training made."""
+    if spec.adapter.type == "full" or "adapter" in spec.export:
+        return spec.export
+    return ("adapter", *spec.export)
+
+
+def export_more(
+    root: DataRoot, job_id: str, kinds: tuple[str, ...], *, log: Callable[[str], None]
+) -> tuple[ExportReport, ...]:
+    """Make further exports of a job whose training has ended. Returns the reports of the asked kinds.
+
+    Raises:
+        CommandError: the job has not been trained yet.
+        SpecError: an unknown kind.
+    """
+    run = root.run(job_id)
+    if not is_trained(run):
+        raise CommandError(f"job {job_id} has no trained weights yet", code="job-not-trained", fix="wait for it to end")
+    value = json.loads(read_spec(run).model_dump_json()) | {"export": list(kinds)}
+    spec = check(json.dumps(value).encode(), filename="export.json").resolved
+    source = resolve_model(spec.model, root=root)
+    started = time.monotonic()
+    reports = export(spec, kinds=spec.export, run=run, root=root, source=source, log=_Printing(run, log))
+    finish_result(
+        root.result(spec.slug, run.id),
+        spec=read_spec(run),
+        run=run,
+        source=source,
+        record=training_record(run),
+        exports=reports,
+        seconds={"exporting": time.monotonic() - started},
+        root=root,
+    )
+    return tuple(report for report in reports if report.kind in spec.export)
+
+
+class _Printing(RunLog):
+    """A RunLog that also prints its export lines."""
+
+    def __init__(self, run: RunFolder, show: Callable[[str], None]) -> None:
+        super().__init__(run)
+        self._show = show
+
+    def event(self, action: str, **details: Any) -> None:
+        super().event(action, **details)
+        self._show(str(details.get("text", action)))
+
+
+def training_record(run: RunFolder) -> TrainingRecord:
+    return TrainingRecord(**read_json(run.trained / "record.json"))
 
 
 def read_spec(run: RunFolder) -> Spec:

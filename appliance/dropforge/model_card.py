@@ -39,7 +39,7 @@ def model_card(spec: Spec, *, source: ModelSource, record: TrainingRecord, expor
         lines.append(f"| evaluation loss (last) | {summary['eval_loss']:.4f} |")
     lines += [f"| seed | {spec.train.seed} |", "", "## Exports", "", "| file | size | verified |", "|---|---|---|"]
     for report in exports:
-        verdict = "yes" if report.ok else f"**failed**: {(report.problem or {}).get('what', '')}"
+        verdict = "yes" if report.ok else f"**failed**: {report.problem.what if report.problem else 'no reason given'}"
         lines.append(f"| `{report.path or report.kind}` | {report.bytes / 1e6:.1f} MB | {verdict} |")
     lines += [
         "",

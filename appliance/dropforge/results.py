@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dropforge import __version__
 from dropforge.events import utc_now
-from dropforge.files import regular_files, sha256_file, write_json, write_text
+from dropforge.files import read_json, regular_files, sha256_file, write_json, write_text
 from dropforge.hardware import probe
 from dropforge.model_card import model_card
 from dropforge.paths import DataRoot, ResultFolder, RunFolder
@@ -54,6 +54,20 @@ def finish_result(
     write_text(result.path.parent / "latest", run.id + "\n")
     if all(report.ok for report in exports):
         write_text(result.complete, f"{run.id} {utc_now()}\n")
+
+
+def good_exports(result: ResultFolder) -> dict[str, ExportReport]:
+    """Reports of exports that were verified earlier and are still there; a retry need not make them again."""
+    from dropforge.errors import Problem
+    from dropforge.export import ExportReport
+
+    if not result.provenance.exists():
+        return {}
+    reports = [
+        ExportReport(**{**entry, "problem": Problem(**entry["problem"]) if entry["problem"] else None})
+        for entry in read_json(result.provenance)["exports"]
+    ]
+    return {report.kind: report for report in reports if report.ok and (result.path / report.path).exists()}
 
 
 def provenance(

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dropforge.export_kinds import check_export, normalise_exports
+
 Method = Literal[
     "sft", "cpt", "dpo", "orpo", "kto", "simpo", "reward", "grpo", "dr_grpo", "dapo", "bnpo", "gspo", "rloo", "ppo",
     "embedding", "reranker", "classifier", "vision", "tts", "stt",
@@ -27,22 +29,6 @@ Optimizer = Literal[
     "adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_8bit",
     "adafactor", "sgd",
 ]  # fmt: skip
-
-GGUF_TYPES = (
-    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s", "q4_0", "q4_1",
-    "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_l", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
-    "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq1_0", "tq2_0",
-)  # fmt: skip
-GGUF_ALIASES = {
-    "not_quantized": "f16",
-    "fast_quantized": "q8_0",
-    "quantized": "q4_k_m",
-    "q5_k": "q5_k_m",
-    "q4_k": "q4_k_m",
-    "q3_k": "q3_k_m",
-    "q3_k_xs": "iq3_xs",
-}
-EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
 
 
 def relative_path(text: str) -> str:
@@ -105,17 +91,25 @@ class AdapterSpec(Section):
     """What is trained: LoRA matrices (`type: lora`) or every weight (`type: full`)."""
 
     type: Literal["lora", "full"] = "lora"
+    """lora trains small matrices beside frozen weights, full trains every weight."""
     r: int = Field(default=16, ge=1, le=4096)
+    """Rank of the LoRA matrices."""
     lora_alpha: int | None = Field(default=None, ge=1, le=65536)
     """Scale; default: equal to r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the LoRA matrices; 0 is fastest."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get LoRA: all-linear (all but the head), or their names."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full beside LoRA, such as embed_tokens and lm_head."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
     use_dora: bool = False
+    """Train magnitude and direction apart (DoRA, Liu et al. 2024)."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "olora"] = "default"
+    """How the LoRA matrices start."""
     layers_to_transform: tuple[int, ...] | None = None
+    """Indices of the decoder layers that get LoRA; default: all."""
 
 
 class ColumnsFormat(Section):
@@ -123,26 +117,34 @@ class ColumnsFormat(Section):
 
     class Columns(Section):
         prompt: str
+        """Text with {Column} names; [[...]] is left out when its first column is empty."""
         response: str
+        """Name of the column that holds the answer."""
 
     columns: Columns
+    """Prompt and response."""
 
 
 class SourceSpec(Section):
     """One data source: a file or folder beside the spec or under datasets/, or a hub id."""
 
     path: Annotated[str, AfterValidator(relative_path)] = Field(min_length=1, max_length=1000)
+    """File, folder or hub id."""
     weight: float = Field(default=1, gt=0, le=1000)
     """Rows are repeated (or thinned out) by this factor."""
     split: str | None = Field(default=None, max_length=200)
+    """Split expression of a hub data set, such as train[:2000]."""
     revision: str | None = Field(default=None, pattern=r"^[\w./-]{1,100}$")
+    """Branch, tag or commit of a hub data set."""
 
 
 class EvalSpec(Section):
     """Evaluation data: a share of the training rows, or sources of their own."""
 
     fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the training rows kept for evaluation."""
     sources: tuple[SourceSpec, ...] = ()
+    """Files or hub ids of their own."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EvalSpec:
@@ -176,62 +178,94 @@ class DataSpec(Section):
         tuple[SourceSpec, ...],
         BeforeValidator(_sources, json_schema_input_type=str | SourceSpec | list[str | SourceSpec]),
     ] = Field(min_length=1)
+    """Training data: a path, or several with weights."""
     eval: Annotated[
         EvalSpec | None,
         BeforeValidator(
             _evaluation, json_schema_input_type=EvalSpec | str | SourceSpec | list[str | SourceSpec] | None
         ),
     ] = None
+    """Evaluation data: {fraction: 0.02}, or a path."""
     format: DataFormat | ColumnsFormat = "auto"
+    """How rows are laid out; auto looks and says why."""
     template: str = Field(default="auto", min_length=1, max_length=20_000)
     """Chat template: auto (the model's own, else chatml), or a name."""
     system: str | None = Field(default=None, max_length=20_000)
     """System message for conversations that have none; also written to the Modelfile."""
     train_on: Literal["responses", "everything"] = "responses"
+    """responses counts only the assistant's turns in the loss (cpt: everything)."""
     packing: Literal["auto"] | bool = "auto"
+    """Join short rows into long ones; auto decides and says why."""
 
 
 class EarlyStopping(Section):
     """Stop when the evaluation loss has not improved for `patience` evaluations; the best weights are kept."""
 
     patience: int = Field(ge=1, le=1000)
+    """Evaluations without improvement before it stops."""
     threshold: float = Field(default=0.0, ge=0)
+    """What counts as an improvement."""
 
 
 class TrainSpec(Section):
     """How it is learnt. Fields without a default are filled in by spec_defaults.py from method and adapter."""
 
     num_train_epochs: float | None = Field(default=None, gt=0, le=100_000)
+    """Passes over the data; default 1."""
     max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
     """Ends the training after so many optimizer steps; wins over num_train_epochs."""
     learning_rate: float | None = Field(default=None, gt=0, le=10)
+    """Peak learning rate; default by method and adapter (LoRA sft 2e-4, full 2e-5, cpt 5e-5)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=10)
+    """Rate of trained embeddings and head; default for cpt: a tenth of learning_rate."""
     effective_batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows per optimizer step over all devices: per_device_train_batch_size x gradient_accumulation_steps x devices."""
     per_device_train_batch_size: int | None = Field(default=None, ge=1, le=65536)
+    """Rows per device and micro-batch; default: the largest of 8, 4, 2, 1 that fits the effective batch."""
     gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
+    """Micro-batches per optimizer step."""
     lr_scheduler_type: Scheduler = "linear"
+    """Shape of the learning rate over time."""
     warmup_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of the steps in which the rate rises; default 0.05."""
     warmup_steps: int | None = Field(default=None, ge=0)
+    """The same in steps."""
     weight_decay: float = Field(default=0.001, ge=0, le=1)
+    """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm; 0 switches it off."""
     optim: Optimizer = "adamw_8bit"
+    """Optimizer, by transformers' names."""
     seed: int = Field(default=3407, ge=0, le=2**32 - 1)
+    """Of initialisation, data order and dropout."""
     logging_steps: int = Field(default=1, ge=1)
+    """Steps between two lines of metrics.jsonl."""
     eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; default: once per epoch."""
     early_stopping: EarlyStopping | None = None
+    """When to stop early; needs data.eval."""
     save_minutes: float = Field(default=10, gt=0, le=10_000)
+    """Minutes between checkpoints."""
     save_steps: int | None = Field(default=None, ge=1)
     """Also save every so many steps."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0, le=1000)
+    """Noise on the embeddings while training (NEFTune, Jain et al. 2023)."""
     on_oom: Literal["fail", "shrink"] = "fail"
+    """fail, or shrink the micro-batch and go on."""
     beta: float | None = Field(default=None, ge=0, le=1000)
+    """Strength of the reference in preference and RL methods."""
     loss_type: str | None = Field(default=None, pattern=r"^[a-z0-9_]{1,40}$")
+    """Variant of the method's loss, by TRL's names."""
     num_generations: int | None = Field(default=None, ge=2, le=4096)
+    """RL: answers sampled per prompt."""
     max_prompt_length: int | None = Field(default=None, ge=1)
+    """RL: longest prompt, in tokens."""
     max_completion_length: int | None = Field(default=None, ge=1)
+    """RL: longest answer, in tokens."""
     temperature: float | None = Field(default=None, gt=0, le=10)
+    """RL: sampling temperature."""
     epsilon: float | None = Field(default=None, gt=0, lt=10)
+    """RL: clipping range."""
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> TrainSpec:
@@ -255,7 +289,9 @@ class ResourcesSpec(Section):
     """What the job may use."""
 
     gpus: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = 1
+    """GPUs for this job; on a machine without GPUs it runs on the CPU."""
     priority: int = Field(default=50, ge=0, le=100)
+    """0 to 100; higher runs first."""
     time_limit: Annotated[float | None, BeforeValidator(_seconds, json_schema_input_type=float | str | None)] = Field(
         default=None, gt=0
     )
@@ -266,12 +302,16 @@ class HubSpec(Section):
     """Push the result to the hub; `secret` names the token, it never holds it."""
 
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Name of the repository."""
     private: bool = True
+    """Whether others can see it."""
     secret: str = Field(default="HF_TOKEN", pattern=r"^[A-Z][A-Z0-9_]{0,63}$")
+    """Name of the token in secrets/ or the environment."""
 
 
 class PublishSpec(Section):
     hub: HubSpec | None = None
+    """Push to the Hugging Face hub."""
 
 
 def _model(value: Any) -> Any:
@@ -281,52 +321,36 @@ def _model(value: Any) -> Any:
     return value
 
 
-def _export(value: Any) -> Any:
-    """`gguf:q4_k_m,q8_0` becomes two entries; aliases become their types; repetitions go."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        return value
-    entries: list[Any] = []
-    for item in value:
-        if isinstance(item, str) and item.lower().startswith("gguf:"):
-            types = [text.strip().lower() for text in item[5:].split(",")]
-            entries += [f"gguf:{GGUF_ALIASES.get(name, name)}" for name in types]
-        else:
-            entries.append(item)
-    return tuple(dict.fromkeys(entries)) if all(isinstance(e, str) for e in entries) else tuple(entries)
-
-
-def _export_entry(entry: str) -> str:
-    kind, _, detail = entry.partition(":")
-    if kind not in EXPORT_KINDS:
-        raise ValueError(f"unknown export {entry!r}; known: {', '.join(EXPORT_KINDS)}")
-    if kind == "gguf" and detail not in GGUF_TYPES:
-        raise ValueError(f"unknown GGUF type {detail!r}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
-    if kind != "gguf" and detail:
-        raise ValueError(f"{kind} takes no detail, so write just {kind!r}")
-    return entry
-
-
 class Spec(Section):
     """One job. `export` is required and belongs last, so that a half-copied file does not validate."""
 
     version: Literal[1]
+    """Version of the spec format."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}$")
+    """What the job and its result are called."""
     model: Annotated[ModelSpec, BeforeValidator(_model, json_schema_input_type=str | ModelSpec)]
+    """The base model; a text is its id, with an optional @revision."""
     method: Method = "sft"
+    """Training method: sft learns from answers, cpt from all text, the others arrive with later releases."""
     adapter: AdapterSpec = AdapterSpec()
+    """What is trained."""
     data: Annotated[DataSpec, BeforeValidator(_data, json_schema_input_type=str | list[str | SourceSpec] | DataSpec)]
+    """What it learns from; a text is the path of the training data."""
     train: TrainSpec = TrainSpec()
+    """How it learns."""
     resources: ResourcesSpec = ResourcesSpec()
+    """What the job may use, and its place in the queue."""
     publish: PublishSpec = PublishSpec()
+    """Where the result is sent."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go beside metrics.jsonl."""
     rerun: bool = False
     """Run although the same file is queued or running already."""
     export: Annotated[
-        tuple[Annotated[str, AfterValidator(_export_entry)], ...],
-        BeforeValidator(_export, json_schema_input_type=str | list[str]),
+        tuple[Annotated[str, AfterValidator(check_export)], ...],
+        BeforeValidator(normalise_exports, json_schema_input_type=str | list[str]),
     ] = Field(min_length=1)
+    """Formats to make: adapter, merged, gguf:TYPE (several types with commas), ollama."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Spec:

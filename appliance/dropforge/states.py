@@ -23,7 +23,7 @@ class State(StrEnum):
 
     meaning: str
 
-    def __new__(cls, value: str, meaning: str) -> State:
+    def __new__(cls, value: str, meaning: str = "") -> State:
         member = str.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning

@@ -59,12 +59,20 @@ def read_regular(path: Path) -> bytes:
     with os.fdopen(fd, "rb") as stream:
         info = os.fstat(stream.fileno())
         if not stat.S_ISREG(info.st_mode):
-            raise _refused(path, "inbox-not-a-file", "not a regular file", "it is a pipe, socket or device", "drop a plain file")
+            raise _refused(
+                path, "inbox-not-a-file", "not a regular file", "it is a pipe, socket or device", "drop a plain file"
+            )
         if info.st_nlink != 1:
             raise _refused(path, "inbox-hard-link", "a file with several names",
                            "a hard link could be changed from outside while the job runs", "copy the file (cp) instead of linking it")  # fmt: skip
         if info.st_size == 0:
-            raise _refused(path, "inbox-empty", "an empty file", "it holds no bytes", "write at least version, name, model, data, export")
+            raise _refused(
+                path,
+                "inbox-empty",
+                "an empty file",
+                "it holds no bytes",
+                "write at least version, name, model, data, export",
+            )
         raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise _refused(path, "inbox-too-large", "too large for a job spec", f"it holds more than {MAX_BYTES // 1024} KiB",

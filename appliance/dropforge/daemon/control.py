@@ -1,8 +1,8 @@
 """`control/`: what people ask of the daemon, one small file each. `request` writes one, `pending` reads them.
 
-    <id>.cancel .checkpoint .retry .release    empty files
-    <id>.priority                              holds a number from 0 to 100
-    pause, drain                               stay in force while they exist (drain: until the daemon has stopped)
+<id>.cancel .checkpoint .retry .release    empty files
+<id>.priority                              holds a number from 0 to 100
+pause, drain                               stay in force while they exist (drain: until the daemon has stopped)
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ class Unfinished:
 class Intake:
     """Turns finished entries of the inbox into tickets."""
 
-    def __init__(self, root: DataRoot, book: TicketBook, *, check: CheckSpec = check_in_child, crash: CrashHook) -> None:
+    def __init__(
+        self, root: DataRoot, book: TicketBook, *, check: CheckSpec = check_in_child, crash: CrashHook
+    ) -> None:
         self._root = root
         self._book = book
         self._check = check
@@ -171,6 +173,15 @@ def _make_run_folder(
     write_json(run.path / TICKET_COPY, {"ticket": ticket.as_json(), "folder": candidate.is_folder,
                                         "spec_name": candidate.spec_name, "fingerprint": settled.token})  # fmt: skip
     fsync_folder(run.path.parent)
+
+
+def ticket_copy(run: RunFolder) -> Ticket | None:
+    """The ticket as it was accepted, kept in the run folder; None when it is missing or not readable."""
+    try:
+        ticket = Ticket.from_json(read_json(run.path / TICKET_COPY)["ticket"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    return ticket if ticket.id == run.id else None
 
 
 def commit(root: DataRoot, dropped: Path, ticket: Ticket, *, is_folder: bool) -> None:

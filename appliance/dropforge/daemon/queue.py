@@ -189,10 +189,10 @@ class TicketBook:
             if ticket is not None and target in self._folders:
                 self._folders[target][job_id] = ticket
 
-    def change(self, job_id: str, *, folder: str, **changes: Any) -> Ticket:
-        """Replace fields of a live ticket, on disk and in memory."""
-        ticket = replace(self._folders[folder][job_id], **changes)
-        put(self._root, folder, ticket)
-        self._folders[folder][job_id] = ticket
-        return ticket
-
+    def replace(self, ticket: Ticket, *, folder: str, **changes: Any) -> Ticket:
+        """Change fields of a ticket where it lies, on disk and, if it is a live one, in memory."""
+        fresh = replace(ticket, **changes)
+        put(self._root, folder, fresh)
+        if folder in self._folders:
+            self._folders[folder][ticket.id] = fresh
+        return fresh

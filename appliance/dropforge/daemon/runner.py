@@ -39,7 +39,7 @@ from dropforge.states import State
 from dropforge.stop import StopSignal
 
 WARM_MODULES = ("torch", "transformers", "peft", "datasets", "trl", "dropforge.job")
-_EXIT_STATUS = {State.SUCCEEDED: 0, State.PARTIAL: 0, State.FAILED: 1, State.HELD: 1, State.INTERRUPTED: 75}
+_EXIT_STATUS = {State.SUCCEEDED: 0, State.PARTIAL: 0, State.FAILED: 1, State.INTERRUPTED: 75}
 
 
 class JobFunction(Protocol):
@@ -107,7 +107,9 @@ def _wait_warm(options: argparse.Namespace) -> Assignment | None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    return Assignment(job_id=order["id"], attempt=order["attempt"], gpus=tuple(order["gpus"]), grace_seconds=order["grace"])
+    return Assignment(
+        job_id=order["id"], attempt=order["attempt"], gpus=tuple(order["gpus"]), grace_seconds=order["grace"]
+    )
 
 
 def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> AttemptEnd:

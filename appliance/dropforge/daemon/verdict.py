@@ -18,6 +18,8 @@ SAME_STEP_DEATHS = 2
 """Deaths of the job alone at the same step without a newer checkpoint, after which it is held."""
 DEATHS_WITHOUT_CHECKPOINT = 5
 """Deaths of any kind without a newer checkpoint, after which it is held."""
+HELD_REASONS = frozenset({Reason.DISK, Reason.AUTH, Reason.REMOTE_CODE})
+"""Faults that a person mends outside the job, after which the same job goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,14 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
         asked: why somebody asked the last attempt to stop, None when nobody did.
     """
     last = ends[-1]
+    if last.state is State.FAILED and last.reason in HELD_REASONS:
+        return Verdict(state=State.HELD, reason=last.reason, message=last.message)
     if last.state is not State.INTERRUPTED:
         return Verdict(state=last.state, reason=last.reason, message=last.message)
     if asked is Reason.USER:
-        return Verdict(state=State.CANCELLED, reason=Reason.USER, message="cancelled; `retry` resumes from the checkpoint")
+        return Verdict(
+            state=State.CANCELLED, reason=Reason.USER, message="cancelled; `retry` resumes from the checkpoint"
+        )
     if asked is Reason.TIMEOUT:
         return Verdict(state=State.FAILED, reason=Reason.TIMEOUT,
                        message="the time limit of the job (resources.time_limit) is used up")  # fmt: skip

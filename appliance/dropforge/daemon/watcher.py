@@ -34,6 +34,7 @@ class Fingerprint:
         """A text that is equal only for equal fingerprints; names that are not UTF-8 are fine."""
         return sha256_bytes(repr(self.parts).encode("utf-8", "surrogateescape"))
 
+
 def fingerprint(path: Path) -> Fingerprint | None:
     """None when the entry is gone. Links are not followed."""
     try:

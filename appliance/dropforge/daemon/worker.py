@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +80,7 @@ class Worker:
     def start(self, ticket: Ticket, *, attempt: int, slots: tuple[str, ...], gpus: tuple[str, ...], now: float) -> None:
         """Start a runner for a ticket that lies in running/ already."""
         log = self._root.run(ticket.id).attempt(attempt) / "log.txt"
+        log.touch()  # from now on the attempt counts as started
         oom_kills = self._oom_kills()
         child = self._hand_to_warm(ticket, attempt, gpus) if self._warm_is_alive() else None
         if child is None:
@@ -137,9 +137,9 @@ class Worker:
 
     def _warm_is_alive(self) -> bool:
         if self._warm is not None and self._warm.poll() is not None:
-            if self._warm.stdin is not None:
-                self._warm.stdin.close()
-            self._warm = None
+            # It dies only when its imports fail; trying again every second would help nobody. The job will say why.
+            self._wants_warm = False
+            self.stop_warm()
         return self._warm is not None
 
     def _hand_to_warm(self, ticket: Ticket, attempt: int, gpus: tuple[str, ...]) -> subprocess.Popen[bytes] | None:
@@ -185,13 +185,3 @@ class Worker:
 def _has_ended(pid: int) -> bool:
     """True once the child is dead, without reaping it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float, step: float = 0.05) -> bool:
-    """Poll until `condition` holds; False after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(step)
-    return True

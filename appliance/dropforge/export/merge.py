@@ -199,7 +199,7 @@ def _write_config(base: Path, target: Path, *, label: str, plan: _Plan) -> None:
     if plan.untied:
         config["tie_word_embeddings"] = False
     embedding = _embedding_name(plan.base)
-    if embedding and "vocab_size" in config:
+    if embedding and plan.shapes[embedding] != plan.base[embedding].shape:
         config["vocab_size"] = plan.shapes[embedding][0]
     write_json(target / "config.json", config)
     if (base / "generation_config.json").exists():

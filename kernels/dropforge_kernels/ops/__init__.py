@@ -14,3 +14,9 @@ from dropforge_kernels.ops.linear_logprobs import linear_logprobs as linear_logp
 from dropforge_kernels.ops.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.ops.qk_norm import qk_norm_rope as qk_norm_rope
 from dropforge_kernels.ops.rope import rope as rope
+from dropforge_kernels.ops.geglu import geglu as geglu
+from dropforge_kernels.ops.layer_norm import layer_norm as layer_norm
+from dropforge_kernels.ops.swiglu import swiglu as swiglu
+from dropforge_kernels.ops.swiglu import swiglu_backward as swiglu_backward
+from dropforge_kernels.ops.swiglu import swiglu_clamped as swiglu_clamped
+from dropforge_kernels.ops.swiglu import swiglu_packed as swiglu_packed

@@ -47,3 +47,10 @@ def next_power_of_2(n: int) -> int:
 def processors(device: torch.device) -> int:
     """Number of multiprocessors of a CUDA device; 1 for the interpreter's CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def row_block(width: int) -> tuple[int, int, int]:
+    """(BLOCK_H, BLOCK_R, warps) of a kernel that holds whole rows: about 4,096 elements a program, 16 a thread."""
+    block_h = next_power_of_2(width)
+    block_r = max(1, min(16, 4096 // block_h))
+    return block_h, block_r, max(4, min(16, block_h * block_r // 512))

@@ -1,15 +1,18 @@
 """Hidden states times a head, a chunk of rows at a time: the machinery of linear_cross_entropy and linear_logprobs.
 
-Legend: N tokens, H hidden size, V vocabulary, R rows of a chunk. One buffer of (R, V) logits in the hidden states' dtype is all that
-exists of the logits. Per chunk: logits = hidden W^T (vendor GEMM), losses and gradient in place in one launch, d hidden = d logits W and,
-for a trained head, d W += d logits^T hidden in fp32.
+Legend: N tokens, H hidden size, V vocabulary, R rows of a chunk. One buffer of (R, V) logits in the hidden states'
+dtype is all that exists of the logits. Per chunk: logits = hidden W^T (vendor GEMM), losses and gradient in place in
+one launch, d hidden = d logits W and, for a trained head, d W += d logits^T hidden in fp32.
 
 Rows that do not count are left out before the GEMM:
 
-- the caller knows a bound on the rows that count (``max_valid``; a collator counts labels on the host): the rows are compacted on the
+- the caller knows a bound on the rows that count (``max_valid``; a collator counts labels on the host): the rows are
+compacted on the
   device into ``max_valid`` slots. No wait, fixed shapes, capturable. If the bound was wrong the loss is NaN.
-- no bound, several chunks: the rows are compacted and their number is copied to pinned memory while the first chunk runs; the host
-  reads it after that chunk has been queued, so the GPU never idles, but the host waits for the device to reach this point.
+- no bound, several chunks: the rows are compacted and their number is copied to pinned memory while the first chunk
+runs; the host
+  reads it after that chunk has been queued, so the GPU never idles, but the host waits for the device to reach this
+  point.
 - during CUDA graph capture without a bound every row is computed.
 """
 
@@ -23,13 +26,17 @@ import triton
 import triton.language as tl
 
 FROZEN_BUDGET = 256 << 20
-"""Bytes of the logits buffer by default, head frozen: 1,044 rows of 128,256 bf16 logits, one wave of 128 x 256 tiles over 4,096 columns."""
+"""Bytes of the logits buffer by default, head frozen: 1,044 rows of 128,256 bf16 logits, one wave of 128 x 256 tiles
+over 4,096 columns.
+"""
 TRAINED_BUDGET = 1 << 30
 """The same with a trained head: each chunk reads and writes d W once in fp32 (8 V H bytes), so chunks are larger."""
 
 
 class Chunk(NamedTuple):
-    """Rows start:stop of the (compacted) token order; ``index`` (stop - start) holds their positions, N marking padding; None = as is."""
+    """Rows start:stop of the (compacted) token order; ``index`` (stop - start) holds their positions, N marking
+    padding; None = as is.
+    """
 
     start: int
     stop: int
@@ -37,7 +44,9 @@ class Chunk(NamedTuple):
     target: torch.Tensor
 
 
-def budget_from_free_memory(device: torch.device, *, fraction: float = 0.1, least: int = 64 << 20, most: int = 1 << 30) -> int:
+def budget_from_free_memory(
+    device: torch.device, *, fraction: float = 0.1, least: int = 64 << 20, most: int = 1 << 30
+) -> int:
     """A ``memory_budget`` from what the device has free now: ``fraction`` of it between ``least`` and ``most`` bytes.
 
     Asks the driver (tens of microseconds), so call it once when planning, not in every step.
@@ -48,24 +57,27 @@ def budget_from_free_memory(device: torch.device, *, fraction: float = 0.1, leas
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
-    """Rows of a chunk: as many as fit the budget, rounded down to 1,024 (or 128) so that GEMM tiles fill whole waves; at least 128.
+    """Rows of a chunk: as many as fit the budget, rounded down to a multiple of 1,024, 128 or 16, so that GEMM tiles fill whole waves.
 
-    A last chunk of under half a chunk is avoided by evening out: 1,100 rows at 1,024 a chunk are 2 x 640 (multiples of 128).
+    At least 16. A last chunk of under half a chunk is avoided by evening out: 1,100 rows at 1,024 a chunk are 2 x 640.
     """
     fit = budget // max(1, vocabulary * itemsize)
-    fit = fit // 1024 * 1024 if fit >= 1024 else max(128, fit // 128 * 128)
+    step = 1024 if fit >= 1024 else 128 if fit >= 128 else 16
+    fit = max(16, fit // step * step)
     if rows <= fit:
         return max(1, rows)
     remainder = rows % fit
     if 0 < remainder < fit // 2:
-        chunks = -(-rows // fit)
-        return -(-rows // (chunks * 128)) * 128
+        chunks, step = -(-rows // fit), min(step, 128)
+        return -(-rows // (chunks * step)) * step
     return fit
 
 
 @triton.jit
 def compact_kernel(target_ptr, order_ptr, compacted_ptr, count_ptr, N, slots, ignore_index, BLOCK: tl.constexpr):
-    """One program: positions and targets of the rows that count, in order, then padding (position N, target ignore_index); the count."""
+    """One program: positions and targets of the rows that count, in order, then padding (position N, target
+    ignore_index); the count.
+    """
     base = 0
     lanes = tl.arange(0, BLOCK)
     for start in range(0, N, BLOCK):
@@ -90,7 +102,9 @@ def compact_kernel(target_ptr, order_ptr, compacted_ptr, count_ptr, N, slots, ig
 def move_rows_kernel(
     source_ptr, out_ptr, index_ptr, source_stride, out_stride, N, W, GATHER: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out[i] = source[index[i]] (GATHER; zeros for padding) or out[index[i]] = source[i] (padding skipped), rows of W values."""
+    """out[i] = source[index[i]] (GATHER; zeros for padding) or out[index[i]] = source[i] (padding skipped), rows of W
+    values.
+    """
     i = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(index_ptr + i).to(tl.int64)
@@ -114,13 +128,16 @@ def _move_rows(source: torch.Tensor, out: torch.Tensor, index: torch.Tensor, row
 def row_chunks(
     target: torch.Tensor, rows_per_chunk: int, *, ignore_index: int, max_valid: int | None, skip_ignored: bool
 ) -> Iterator[Chunk]:
-    """The chunks to compute. A generator: the host's wait (module docstring) happens after the consumer has queued the first chunk."""
+    """The chunks to compute. A generator: the host's wait (module docstring) happens after the consumer has queued
+    the first chunk.
+    """
     rows = target.numel()
     if rows == 0:
         return
     bound = rows if max_valid is None else min(rows, max_valid)
     capturing = target.is_cuda and torch.cuda.is_current_stream_capturing()
-    late = bound == rows and rows > rows_per_chunk and not capturing  # the number of rows is read after the first chunk
+    # the number of rows is read after the first chunk
+    late = bound == rows and rows > rows_per_chunk and not capturing
     if not skip_ignored or (bound == rows and not late):
         yield from _split(0, rows, rows_per_chunk, None, target)
         return
@@ -160,7 +177,8 @@ def _split(start: int, stop: int, size: int, order: torch.Tensor | None, target:
 class Head:
     """One pass over the chunks: holds the buffers, hands out logits, takes gradients back.
 
-    ``hidden`` (N, H) and ``weight`` (V, H) in one dtype. ``d_hidden`` (N, H) in that dtype and ``d_weight`` (V, H) in fp32, or None.
+    ``hidden`` (N, H) and ``weight`` (V, H) in one dtype. ``d_hidden`` (N, H) in that dtype and ``d_weight`` (V, H) in
+    fp32, or None.
     """
 
     def __init__(
@@ -219,7 +237,9 @@ def scale_rows_kernel(
 
 
 def scale_rows(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, sign: int = 1) -> torch.Tensor:
-    """x (N, W, contiguous) * a * b * sign in a new tensor of ``dtype``; a: fp32 scalar; b: fp32, one value or one per row."""
+    """x (N, W, contiguous) * a * b * sign in a new tensor of ``dtype``; a: fp32 scalar; b: fp32, one value or one per
+    row.
+    """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
         per_row = b.dim() > 0 and b.stride(0) != 0 and x.shape[0] > 1

@@ -1,8 +1,8 @@
 """The kernels behind rope, qk_norm and qk_norm_rope: one launch over the heads of q and of k together.
 
-Legend: B batch, S tokens of one row, T = B * S, H heads (of q or of k), D head width, HALF rotated pairs, N table rows.
-A program takes BLOCK_T tokens times BLOCK_N heads of q or of k, as tile rows r = (token, head), and three column groups of every
-head: the first and the second element of each rotated pair, and the rest that is not rotated.
+Legend: B batch, S tokens of one row, T = B * S, H heads (of q or of k), D head width, HALF rotated pairs, N table
+rows. A program takes BLOCK_T tokens times BLOCK_N heads of q or of k, as tile rows r = (token, head), and three
+column groups of every head: the first and the second element of each rotated pair, and the rest that is not rotated.
 """
 
 from __future__ import annotations
@@ -203,8 +203,8 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """Gradient through the rotation, then the norm. rstd is computed again from x, which has to be read anyway.
 
-    g = turn back(dy) * w;  n = x * rstd;  dx = rstd * (g - n * mean(g * n));  dw = sum of turn back(dy) * n over rows,
-    of this program's ``steps`` token blocks, into its row of ``partial`` (programs, chunks, D).
+    g = turn back(dy) * w;  n = x * rstd;  dx = rstd * (g - n * mean(g * n));  dw = sum of turn back(dy) * n over
+    rows, of this program's ``steps`` token blocks, into its row of ``partial`` (programs, chunks, D).
     """
     Q_CHUNKS: tl.constexpr = (Q_HEADS + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = Q_CHUNKS + (K_HEADS + BLOCK_N - 1) // BLOCK_N

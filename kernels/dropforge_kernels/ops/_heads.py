@@ -22,7 +22,9 @@ class Tile(NamedTuple):
 
 
 def tile(heads_q: int, heads_k: int, width: int, half: int | None) -> Tile:
-    """About 2,048 elements a program (16 a thread): all heads of the smaller of q and k, then as many tokens as fit."""
+    """About 2,048 elements a program (16 a thread): all heads of the smaller of q and k, then as many tokens as
+    fit.
+    """
     half = width // 2 if half is None else half
     block_n = min(next_power_of_2(min(heads_q, heads_k)), 16)
     block_t = max(1, min(16, 2048 // (block_n * next_power_of_2(width))))
@@ -36,7 +38,9 @@ def chunks(heads: int, block_n: int) -> int:
 
 
 def strides(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """(x, (batch, token, head) strides) of (B, S, H, D) or (T, H, D) with the last dimension contiguous; copies if not."""
+    """(x, (batch, token, head) strides) of (B, S, H, D) or (T, H, D) with the last dimension contiguous; copies if
+    not.
+    """
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     s = x.stride()

@@ -34,8 +34,11 @@ def _scaled(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z of the module docstring, fp32."""
     z = x.to(tl.float32) * logit_scale
     if HAS_SOFTCAP:
-        # tanh(u) = 1 - 2 / (exp(2u) + 1): exact at both ends, absolute error of an fp32 step in between
-        z = softcap * (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E / softcap)) + 1.0))
+        # tanh(u) = 1 - 2 / (exp(2u) + 1), whose absolute error is an fp32 step; near zero its series, so that the relative one is too
+        u = z / softcap
+        w = u * u
+        series = u * (1.0 + w * (-0.33333333 + w * (0.13333333 - 0.053968254 * w)))
+        z = softcap * tl.where(w < 0.04, series, 1.0 - 2.0 / (tl.exp2(u * (2.0 * LOG2E)) + 1.0))
     return z
 
 
@@ -70,7 +73,7 @@ def _row_statistics(
         mass = mass * shrink + tl.sum(e, axis=1)
         if NEED_ENTROPY:
             # a masked-out vocabulary entry (z = -inf) has p z = 0
-            moment = moment * shrink + tl.sum(tl.where(e > 0.0, e * y, 0.0), axis=1)
+            moment = moment * shrink + tl.sum(e * tl.where(e > 0.0, y, 0.0), axis=1)
         peak = higher
     top = tl.max(peak, axis=0)
     weight = tl.exp2(peak - top)
@@ -88,7 +91,7 @@ def _gradient(x, is_target, lse, A, T, C, E, logit_scale, softcap, HAS_SOFTCAP: 
     z = _scaled(x, logit_scale, softcap, HAS_SOFTCAP)
     p = tl.exp2((z - lse) * LOG2E)
     if HAS_E:
-        g = tl.where(p > 0.0, p * (A + E * z), 0.0) + C
+        g = p * (A + E * tl.where(p > 0.0, z, 0.0)) + C
     else:
         g = p * A + C
     g = tl.where(is_target, g + T, g) * logit_scale

@@ -58,13 +58,12 @@ def _forward(
         row_loss(logits, chunk.target, rule, nll=nll[chunk.start : chunk.stop], lse=lse[:rows], gradient=backward)
         if backward:
             head.take_gradient(chunk, part, logits)
-    limit = None if max_valid is None else max_valid
     loss, scale = reduce_loss(
-        nll, target, ignore_index=ignore_index, reduction=reduction, num_items=num_items, limit=limit
+        nll, target, ignore_index=ignore_index, reduction=reduction, num_items=num_items, limit=max_valid
     )
-    empty = hidden.new_empty(0)
-    d_hidden = head.d_hidden if head.d_hidden is not None else empty
-    return loss, scale, d_hidden, head.d_weight if head.d_weight is not None else empty.float()
+    d_hidden = head.d_hidden if head.d_hidden is not None else hidden.new_empty(0)
+    d_weight = head.d_weight if head.d_weight is not None else nll.new_empty(0)
+    return loss, scale, d_hidden, d_weight
 
 
 @_forward.register_fake
@@ -132,7 +131,7 @@ def linear_cross_entropy(
     and their number is read on the host while the first chunk runs (not during capture: then all rows are computed);
     skip_ignored=False computes all rows without waiting.
     memory_budget: bytes of the logits buffer (default 256 MiB, 1 GiB with a trained head; ``budget_from_free_memory`` proposes one);
-    at least 128 rows are computed at a time. A target outside [0, V) makes the loss NaN.
+    at least 16 rows are computed at a time. A target outside [0, V) makes the loss NaN.
     Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
     """
     hidden, weight = autocast_pair(hidden, weight)

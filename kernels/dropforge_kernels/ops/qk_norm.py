@@ -50,14 +50,14 @@ def _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, positions, eps, offset
     )
 
 
-def _backward_op(*arguments):
+def _backward_op(*arguments: object):
     dq, dk, dq_weight, dk_weight = _backward(*arguments)
     if dq_weight is None:
         return dq, dk, dq.new_empty(0), dq.new_empty(0)
     return dq, dk, dq_weight, dk_weight
 
 
-def _forward_fake(q, k, *_):
+def _forward_fake(q, k, *_: object):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -143,9 +143,10 @@ def qk_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``rms_norm`` of every head of q and of k, one launch for both.
 
-    q, k: as in ``rope``. q_weight, k_weight: (D,), contiguous, or both None. eps, offset, rounding: as in ``rms_norm``.
-    Returns new contiguous (q, k). fp32 inside. Saved for backward: q, k and the weights; the weights' gradients are
-    computed only when one of them needs it. Raises TypeError or ValueError for wrong dtypes, shapes, devices, options.
+    q, k: as in ``rope``. q_weight, k_weight: (D,), contiguous, or both None. eps, offset, rounding: as in
+    ``rms_norm``. Returns new contiguous (q, k). fp32 inside. Saved for backward: q, k and the weights; the weights'
+    gradients are computed only when one of them needs it. Raises TypeError or ValueError for wrong dtypes, shapes,
+    devices, options.
     """
     _check("qk_norm", q, k, q_weight, k_weight, eps, rounding)
     if choose("qk_norm", q, k, q_weight, k_weight).backend is Backend.REFERENCE:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._common import as_rows, next_power_of_2, processors, register
+from dropforge_kernels.ops._common import as_rows, processors, register, row_block
 
 MAX_WIDTH = 65536
 ROUNDINGS = ("llama", "gemma")
@@ -91,13 +91,6 @@ def _backward_kernel(
         tl.store(base + out, tl.sum(total, axis=0), mask=out < WIDTH)
 
 
-def _block(width: int) -> tuple[int, int, int]:
-    """(BLOCK_H, BLOCK_R, warps) of a row width: about 4,096 elements a program, 16 a thread."""
-    block_h = next_power_of_2(width)
-    block_r = max(1, min(16, 4096 // block_h))
-    return block_h, block_r, max(4, min(16, block_h * block_r // 512))
-
-
 def rms_norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -119,7 +112,7 @@ def rms_norm_forward(
         residual, residual_stride = as_rows(residual)
         total = torch.empty_like(y)
     if rows:
-        block_h, block_r, warps = _block(width)
+        block_h, block_r, warps = row_block(width)
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, residual, weight, y, total, rstd, x_stride, residual_stride, rows, eps, offset,
             width, block_h, block_r, residual is not None, weight is not None, llama, num_warps=warps,
@@ -145,7 +138,7 @@ def rms_norm_backward(
     ds_stride = 0
     if ds is not None:
         ds, ds_stride = as_rows(ds)
-    block_h, block_r, warps = _block(width)
+    block_h, block_r, warps = row_block(width)
     blocks = triton.cdiv(rows, block_r)
     programs, partial = blocks, None
     if weight_gradient:

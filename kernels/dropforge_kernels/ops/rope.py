@@ -2,8 +2,8 @@
 
 Legend: B batch, S tokens of a row, T = B * S, H heads, D head width, P rotated pairs (2 * P <= D), N table rows.
 
-Forward:   (a, b) of pair i at position p becomes (a cos - b sin, b cos + a sin) with cos, sin of table row p, column i
-Backward:  the same with -sin
+Forward:   (a, b) of pair i at position p becomes (a cos - b sin, b cos + a sin) with cos, sin of table row p, column
+i Backward:  the same with -sin
 Source: Su et al. 2021 (arXiv 2104.09864); the half-split pairing is GPT-NeoX's, the interleaved one the paper's.
 """
 
@@ -42,9 +42,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, positions, interleaved, inplace) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin, positions)
         ctx.interleaved, ctx.inplace = interleaved, inplace
-        return launch_forward(
-            q, k, table=(cos, sin), positions=positions, interleaved=interleaved, inplace=inplace
-        )
+        return launch_forward(q, k, table=(cos, sin), positions=positions, interleaved=interleaved, inplace=inplace)
 
     @staticmethod
     def backward(ctx, dq, dk) -> tuple[torch.Tensor | None, ...]:

@@ -14,3 +14,9 @@ from dropforge_kernels.reference.linear_logprobs import linear_logprobs as linea
 from dropforge_kernels.reference.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.reference.qk_norm import qk_norm_rope as qk_norm_rope
 from dropforge_kernels.reference.rope import rope as rope
+from dropforge_kernels.reference.geglu import geglu as geglu
+from dropforge_kernels.reference.layer_norm import layer_norm as layer_norm
+from dropforge_kernels.reference.swiglu import swiglu as swiglu
+from dropforge_kernels.reference.swiglu import swiglu_backward as swiglu_backward
+from dropforge_kernels.reference.swiglu import swiglu_clamped as swiglu_clamped
+from dropforge_kernels.reference.swiglu import swiglu_packed as swiglu_packed

@@ -37,6 +37,8 @@ def qk_norm_rope(
     positions: torch.Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rope(qk_norm(q, k)); the normed values are rounded to their dtype between the two, as separate modules would."""
+    """rope(qk_norm(q, k)); the normed values are rounded to their dtype between the two, as separate modules
+    would.
+    """
     q, k = qk_norm(q, k, q_weight, k_weight, eps=eps, offset=offset, rounding=rounding)
     return rope(q, k, cos, sin, positions=positions, interleaved=interleaved)

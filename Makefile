@@ -1,0 +1,70 @@
+# Dropforge: every target sets up what it needs. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# On a machine whose pip would fetch torch with CUDA: TORCH_PIP_ARGS='--index-url ADDRESS-OF-THE-CPU-BUILDS'
+TORCH_PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTEST := $(BIN)/python -P -m pytest
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup llama demo test test-slow test-gpu bench lint format docs lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(READY) ## create .venv with the CPU lock and both packages
+
+$(READY): docker/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dropforge needs Python 3.11 or newer: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: torch (CPU), then the locked packages; a few minutes the first time"
+	@$(PIP) install $(TORCH_PIP_ARGS) "$(TORCH)"
+	@$(PIP) install --require-hashes --no-deps -r docker/cpu.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+llama: $(READY) ## build llama.cpp's tools into the cache (once, about 6 minutes on 2 cores)
+	@$(BIN)/python -P -m dropforge.llama_cpp.build
+
+demo: llama ## train a model from a dropped job, export it, ask it ten questions (no GPU, no Docker)
+	@$(BIN)/python -P examples/elements/demo.py
+
+test: llama ## run the default tests (CPU)
+	@$(PYTEST) -q tests
+
+test-slow: llama ## run the tests that take minutes
+	@$(PYTEST) -q tests -m 'slow and not gpu and not image'
+
+test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels -m gpu
+
+bench: ## measure the kernels on this machine's GPU
+	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py
+
+lint: $(READY) ## formatting, lint and types
+	@$(BIN)/ruff format --check -q . || { echo "make format mends this"; exit 1; }
+	@$(BIN)/ruff check -q .
+	@$(BIN)/mypy
+
+format: $(READY) ## format the code
+	@$(BIN)/ruff check -q --fix . || true
+	@$(BIN)/ruff format -q .
+
+docs: $(READY) ## regenerate the generated pages: spec, schema, commands, states, errors
+	@$(BIN)/python -P docs/generate.py
+
+lock: $(READY) ## resolve the CPU lock again
+	@$(BIN)/uv pip compile -q pyproject.toml docker/cpu.in --extra train --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-annotate --no-header --no-emit-index-url --constraint docker/pins.txt \
+	  --override docker/cpu.overrides -o docker/cpu.lock
+
+clean: ## remove the virtual environment and caches of this checkout
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build appliance/*.egg-info

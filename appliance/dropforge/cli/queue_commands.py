@@ -1,0 +1,167 @@
+"""submit, watch, status, logs, cancel, retry: the queue from the command line. Files only; never imports torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dropforge.cli.follow import POLL_SECONDS, exit_status, follow, progress_text
+from dropforge.cli.output import data_root, emit, table
+from dropforge.cli.spec_commands import read_spec_file
+from dropforge.daemon import attempts, control
+from dropforge.daemon import submit as inbox
+from dropforge.daemon.query import JobView, find_job, list_jobs
+from dropforge.errors import CommandError
+from dropforge.files import read_json_lines
+from dropforge.paths import DataRoot
+from dropforge.spec import Spec
+from dropforge.states import State
+
+SHOWN_ENDED_JOBS = 50
+
+
+def put_into_inbox(root: DataRoot, path: Path) -> Path:
+    """Check a spec and drop it, together with the data files that lie beside it. Returns its place in the inbox."""
+    if path.is_dir():
+        return inbox.submit(root, path)
+    _, checked = read_spec_file(path)
+    return inbox.submit(root, path, files=data_beside(checked.spec, path.absolute().parent))
+
+
+def data_beside(spec: Spec, folder: Path) -> dict[str, Path]:
+    """Data named in the spec that lies beside it; anything else is looked for in datasets/ by the job."""
+    sources = [*spec.data.train, *(spec.data.eval.sources if spec.data.eval else ())]
+    return {source.path: folder / source.path for source in sources if (folder / source.path).exists()}
+
+
+def wait_for_id(root: DataRoot, dropped: Path, *, seconds: float) -> JobView:
+    """The job made from a dropped file. Raises CommandError when no daemon takes it in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        jobs = [job for job in list_jobs(root, ended=SHOWN_ENDED_JOBS) if job.file == dropped.name]
+        if jobs:
+            return jobs[-1]
+        time.sleep(POLL_SECONDS)
+    raise CommandError(
+        f"nobody took {dropped.name} within {seconds:g} s",
+        code="daemon-absent",
+        where=str(root.inbox),
+        why="no daemon serves this data root; the file waits in the inbox",
+        fix="start one with `dropforge watch`",
+    )
+
+
+def submit(arguments: Namespace) -> int:
+    root = data_root(arguments)
+    dropped = put_into_inbox(root, arguments.spec)
+    if not arguments.wait:
+        emit(arguments, {"file": dropped.name, "inbox": str(root.inbox)}, f"dropped {dropped.name} into {root.inbox}")
+        return 0
+    job = follow(root, wait_for_id(root, dropped, seconds=60).id)
+    emit(arguments, as_json(root, job), describe(root, job))
+    return exit_status(job.state)
+
+
+def watch(arguments: Namespace) -> int:
+    from dropforge.daemon.loop import serve
+
+    return serve(data_root(arguments))
+
+
+def status(arguments: Namespace) -> int:
+    root = data_root(arguments)
+    if arguments.job:
+        job = find_job(root, arguments.job)
+        emit(arguments, as_json(root, job), describe(root, job))
+        return 0
+    jobs = list_jobs(root, ended=SHOWN_ENDED_JOBS)
+    rows = [(job.id, job.state.value, _doing(job)) for job in jobs]
+    text = table(rows, header=("JOB", "STATE", "")) if rows else f"no jobs yet; drop a spec into {root.inbox}"
+    emit(arguments, [as_json(root, job) for job in jobs], text)
+    return 0
+
+
+def _doing(job: JobView) -> str:
+    if job.state is State.TRAINING:
+        return progress_text(job.status)
+    if job.state is State.QUEUED:
+        return f"waits: {job.waiting_for}" if job.waiting_for else ""
+    return f"{job.reason}: {job.message}" if job.reason else job.message
+
+
+def as_json(root: DataRoot, job: JobView) -> dict[str, Any]:
+    """A job for programs: paths relative to the data root."""
+    value = asdict(job)
+    value["state"] = job.state.value
+    value["result"] = str(job.result.relative_to(root.path)) if job.result else None
+    return value
+
+
+def describe(root: DataRoot, job: JobView) -> str:
+    """One job for people."""
+    rows = [("job", job.id), ("name", job.name), ("state", f"{job.state.value}: {job.state.meaning}")]
+    rows += [(label, str(value)) for label, value in (("reason", job.reason), ("message", job.message)) if value]
+    rows += [("progress", progress_text(job.status))] if progress_text(job.status) else []
+    rows += [("waits for", job.waiting_for)] if job.waiting_for else []
+    if job.state is State.REJECTED:
+        rows.append(("why", str(root.rejected / job.id / "ERROR.txt")))
+    else:
+        rows.append(("run", str(root.run(job.id).path)))
+    rows += [("result", str(job.result))] if job.result else []
+    return table(rows)
+
+
+def logs(arguments: Namespace) -> int:
+    root = data_root(arguments)
+    job = find_job(root, arguments.job)
+    run, shown = root.run(job.id), 0
+    while True:
+        events = list(read_json_lines(run.events))
+        for event in events[shown:]:
+            details = "  ".join(
+                f"{k}={v}" for k, v in event.items() if k not in ("time", "action") and v not in (None, "")
+            )
+            print(f"{event['time']}  {event['action']:<12} {details}".rstrip(), flush=True)
+        shown = len(events)
+        if not arguments.follow or find_job(root, job.id).state.ended:
+            break
+        time.sleep(POLL_SECONDS)
+    for line in _log_lines(root, job.id):
+        print(line)
+    return 0
+
+
+def _log_lines(root: DataRoot, job_id: str) -> Iterator[str]:
+    """The captured output of the newest attempt, with control characters made visible."""
+    run = root.run(job_id)
+    known = attempts.numbers(run)
+    path = run.attempt(known[-1]) / "log.txt" if known else None
+    if path is None or not path.exists() or path.stat().st_size == 0:
+        return
+    yield f"--- output of attempt {known[-1]}"
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            yield "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line.rstrip("\n"))
+
+
+def cancel(arguments: Namespace) -> int:
+    return _ask(arguments, "cancel", "will be stopped")
+
+
+def retry(arguments: Namespace) -> int:
+    return _ask(arguments, "retry", "will run again")
+
+
+def _ask(arguments: Namespace, action: str, text: str) -> int:
+    root = data_root(arguments)
+    job = find_job(root, arguments.job)
+    control.request(root, job.id, action)
+    emit(arguments, {"id": job.id, "asked": action}, f"{job.id} {text}")
+    if not (root.state / "daemon.json").exists():
+        print("no daemon serves this data root yet; it will be done when one starts", file=sys.stderr)
+    return 0

@@ -1,0 +1,256 @@
+"""The daemon: one thread, one loop, all state on disk.
+
+    look at runners that ended -> do what control/ asks -> take what settled in the inbox -> enforce time limits
+    -> start what may start -> say how things stand -> wait
+
+Everything is decided on the monotonic clock given to `tick`, so tests set the time. A fault in one file or job is logged
+and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from dropforge.daemon import attempts
+from dropforge.daemon.attempts import AttemptEnd
+from dropforge.daemon.control import Switch, is_on, set_switch
+from dropforge.daemon.crash_points import CrashHook, ignore
+from dropforge.daemon.faults import Faults
+from dropforge.daemon.intake import CheckSpec, Intake
+from dropforge.daemon.orders import Orders
+from dropforge.daemon.queue import Ticket, TicketBook
+from dropforge.daemon.reception import Reception
+from dropforge.daemon.recover import recover
+from dropforge.daemon.scheduler import Schedule, schedule
+from dropforge.daemon.signals import on_stop_signals
+from dropforge.daemon.singleton import HEARTBEAT_SECONDS, Singleton, write_heartbeat
+from dropforge.daemon.status_page import write_pages
+from dropforge.daemon.transitions import Transitions, open_log
+from dropforge.daemon.worker import RUNNER_COMMAND, Ended, Worker
+from dropforge.errors import Reason
+from dropforge.paths import DataRoot
+from dropforge.spec_check import check_in_child
+from dropforge.states import State
+
+log = logging.getLogger("dropforge.daemon")
+
+FAULT_SECONDS = 30.0
+"""A file that met an unexpected fault (full disk, a bug of ours) is tried again after this time."""
+BUSY_WAIT_SECONDS = 0.1
+PAGE_SECONDS = 2.0
+NOTED_AT_HEAD = 20
+"""So many jobs at the head of the queue get `waiting_for` in their own status.json; queue.json has it for more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaemonOptions:
+    """How the daemon behaves; settings.py reads the values users may set."""
+
+    poll_seconds: float = 1.0
+    settle_seconds: float = 5.0
+    grace_seconds: float = 120.0
+    warm: bool = True
+    """Keep a runner ready that has imported the training libraries."""
+    gpus: tuple[str, ...] = ()
+    """UUIDs of the GPUs that jobs may use; empty: the CPU."""
+
+
+class Daemon:
+    """Serves one data root while entered. `run` is the whole life; `tick` is one round of it.
+
+    Args:
+        check: turns spec bytes into a CheckedSpec, in a limited child.
+        runner_command: how a runner is started.
+        crash: called at every labelled crash point.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, root: DataRoot, *, options: DaemonOptions, check: CheckSpec = check_in_child,
+        runner_command: Sequence[str] = RUNNER_COMMAND, crash: CrashHook = ignore,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.root = root.create()
+        self.options = options
+        self._clock = clock
+        self._crash = crash
+        self._lock = Singleton(root)
+        self._faults = Faults(seconds=FAULT_SECONDS)
+        self._book = TicketBook(root)
+        self._transitions = Transitions(root, self._book, crash=crash)
+        self._worker = Worker(root, runner_command=runner_command, grace_seconds=options.grace_seconds,
+                              warm=options.warm, crash=crash)  # fmt: skip
+        self._orders = Orders(root, self._book, self._transitions, self._worker, crash=crash)
+        intake = Intake(root, self._book, check=check, crash=crash)
+        self._reception = Reception(root, intake, self._faults, settle_seconds=options.settle_seconds, clock=clock)
+        self._schedule = Schedule(starts=(), waiting=())
+        self._ended: list[Ended] = []
+        self._noted: dict[str, str] = {}
+        self._stop = threading.Event()
+        self._kill = False
+        self._next_look = self._next_page = self._next_beat = float("-inf")
+
+    def __enter__(self) -> Daemon:
+        self._lock.__enter__()
+        try:
+            self._beat("recovering")
+            recover(self.root, self._book, self._transitions, grace_seconds=self.options.grace_seconds)
+        except BaseException:
+            self._lock.__exit__()
+            raise
+        log.info("serving %s", self.root.path, extra={"action": "start"})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        now = self._clock()
+        self._worker.kill_all()
+        self._collect(now)
+        self._faults.guard("STATUS.md", lambda: self._write_pages("stopped"), now=now)
+        self._faults.guard("state/daemon.json", lambda: self._beat("stopped"), now=now)
+        self._lock.__exit__(kind, error, trace)
+        log.info("stopped", extra={"action": "stop"})
+
+    def run(self) -> None:
+        """Serve until SIGTERM, SIGINT, `stop` or a finished drain. Running jobs save and return to the queue."""
+        with on_stop_signals(self.stop, self._stop_at_once):
+            while not self._stop.is_set() and not self._drained():
+                self.tick()
+                self._stop.wait(BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds)
+            self._end_jobs()
+
+    def stop(self) -> None:
+        """Thread-safe; also from signal handlers, also before `run`."""
+        self._stop.set()
+
+    def tick(self, now: float | None = None) -> None:
+        """One round at monotonic time `now`."""
+        now = self._clock() if now is None else now
+        self._collect(now)
+        if now >= self._next_look:
+            self._next_look = now + self.options.poll_seconds
+            self._faults.expire(now)
+            self._faults.guard("the queue folders", self._orders.refresh, now=now)
+            self._faults.guard("control/", lambda: self._orders.obey(now=now), now=now)
+            self._faults.guard("inbox/", lambda: self._receive(now), now=now)
+        self._faults.guard("time limits", lambda: self._enforce_time_limits(now), now=now)
+        self._start_jobs(now)
+        self._faults.guard("the warm runner", self._worker.keep_warm, now=now)
+        if now >= self._next_page:
+            self._next_page = now + PAGE_SECONDS
+            self._faults.guard("STATUS.md", lambda: self._write_pages(self._mode()), now=now)
+        if now >= self._next_beat:
+            self._next_beat = now + HEARTBEAT_SECONDS
+            self._faults.guard("state/daemon.json", lambda: self._beat(self._mode()), now=now)
+
+    def _receive(self, now: float) -> None:
+        if self._reception.receive(now=now):
+            self._next_look = now  # a flood: go on in the next round
+
+    def _collect(self, now: float) -> None:
+        """Give every ended runner's job its next state; one whose state cannot be written now is tried again."""
+        self._ended += self._worker.poll(now=now)
+        self._ended = [
+            ended
+            for ended in self._ended
+            if not self._faults.guard(f"ending {ended.ticket.id}", lambda e=ended: self._finish(e), now=now)
+        ]
+
+    def _finish(self, ended: Ended) -> None:
+        verdict = self._transitions.finish(ended.ticket, ended.attempt, ended.end)
+        log.info("%s: %s %s", ended.ticket.id, verdict.state, verdict.message, extra={"action": "ended"})
+
+    def _enforce_time_limits(self, now: float) -> None:
+        for job in self._worker.running:
+            limit = job.ticket.time_limit
+            if limit is None or job.kill_at is not None:
+                continue
+            earlier = attempts.ends(self.root.run(job.ticket.id), after=job.ticket.retried_after)
+            if sum(end.seconds for end in earlier) + now - job.started >= limit:
+                self._worker.ask_to_stop(job.ticket.id, Reason.TIMEOUT, now=now)
+
+    def _start_jobs(self, now: float) -> None:
+        self._schedule = schedule(
+            self._book.tickets("queue"), gpus=self.options.gpus, busy=self._worker.busy_slots, pause=self._pause()
+        )
+        for ticket, slots in self._schedule.starts:
+            what = f"starting {ticket.id}"
+            if not self._stop.is_set() and not self._faults.stands(what):
+                self._faults.guard(what, lambda t=ticket, s=slots: self._start(t, s, now), now=now)
+        self._faults.guard("waiting_for", self._note_waiting, now=now)
+
+    def _start(self, ticket: Ticket, slots: tuple[str, ...], now: float) -> None:
+        attempt = attempts.open_next(self.root.run(ticket.id))
+        self._crash("start.attempt-made")
+        self._transitions.enter(ticket, State.PREPARING, source="queue", message="starting", attempt=attempt,
+                                slots=list(slots), waiting_for=None)  # fmt: skip
+        self._crash("start.ticket-moved")
+        try:
+            gpus = slots if self.options.gpus else ()
+            self._worker.start(ticket, attempt=attempt, slots=slots, gpus=gpus, now=now)
+        except OSError as error:
+            end = AttemptEnd(state=State.INTERRUPTED, reason=Reason.INTERNAL, died=True,
+                             message=f"its process could not be started: {error}")  # fmt: skip
+            attempts.write_end(self.root.run(ticket.id), attempt, end)
+            self._ended.append(Ended(ticket=ticket, attempt=attempt, end=end))
+            raise
+        self._crash("start.spawned")
+        self._noted.pop(ticket.id, None)
+        log.info("%s: attempt %d started", ticket.id, attempt, extra={"action": "started"})
+
+    def _note_waiting(self) -> None:
+        """Write into status.json why a job waits, when the kind of reason changes."""
+        for ticket, waiting in self._schedule.waiting[:NOTED_AT_HEAD]:
+            if self._noted.get(ticket.id) != waiting.kind:
+                self._noted[ticket.id] = waiting.kind
+                run_log = open_log(self.root.run(ticket.id))
+                run_log.progress(waiting_for=f"{waiting.kind}: {waiting.text}")
+
+    def _pause(self) -> str:
+        if is_on(self.root, Switch.DRAIN):
+            return "the daemon drains (control/drain): nothing new is started"
+        return "paused (control/pause)" if is_on(self.root, Switch.PAUSE) else ""
+
+    def _mode(self) -> str:
+        if is_on(self.root, Switch.DRAIN):
+            return "draining"
+        return "paused" if is_on(self.root, Switch.PAUSE) else "running"
+
+    def _drained(self) -> bool:
+        """True once nothing runs after a drain was asked for; the request is used up by it."""
+        if not is_on(self.root, Switch.DRAIN) or self._worker.running or self._ended:
+            return False
+        set_switch(self.root, Switch.DRAIN, on=False)
+        return True
+
+    def _end_jobs(self) -> None:
+        """Ask every runner to save and end, and wait; a second signal cuts the wait short."""
+        now = self._clock()
+        self._worker.stop_warm()
+        for job in self._worker.running:
+            self._worker.ask_to_stop(job.ticket.id, Reason.SHUTDOWN, now=now)
+        self._faults.guard("STATUS.md", lambda: self._write_pages("stopping"), now=now)
+        while self._worker.running:
+            if self._kill:
+                self._worker.kill_all()
+            self._collect(self._clock())
+            time.sleep(BUSY_WAIT_SECONDS / 2)
+
+    def _stop_at_once(self) -> None:
+        self._kill = True
+
+    def _write_pages(self, mode: str) -> None:
+        write_pages(self.root, daemon=mode, problems=self._faults.messages, inbox=self._reception.entries,
+                    waiting=self._schedule.waiting)  # fmt: skip
+
+    def _beat(self, mode: str) -> None:
+        write_heartbeat(
+            self.root, state=mode, problems=self._faults.messages,
+            running=[job.ticket.id for job in self._worker.running], queued=len(self._book.tickets("queue")),
+        )  # fmt: skip

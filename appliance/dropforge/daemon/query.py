@@ -1,0 +1,155 @@
+"""What the jobs are doing, from files alone: works without the daemon, on a copy of the data root, on another machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dropforge.daemon import attempts
+from dropforge.daemon.names import printable
+from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, ids_in, read, ticket_path
+from dropforge.daemon.rejection import rejections
+from dropforge.daemon.sequence import number_of
+from dropforge.errors import CommandError
+from dropforge.files import read_json
+from dropforge.paths import TICKET_FOLDERS, DataRoot, RunFolder
+from dropforge.states import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobView:
+    """One job as people see it."""
+
+    id: str
+    name: str
+    state: State
+    reason: str | None = None
+    message: str = ""
+    file: str = ""
+    """Name under which it was dropped."""
+    priority: int = 50
+    waiting_for: str = ""
+    """Why a queued job does not run yet."""
+    accepted: str = ""
+    attempt: int = 0
+    result: Path | None = None
+    """Its result folder, once that exists."""
+    status: dict[str, Any] = field(default_factory=dict)
+    """status.json as it is: step, total_steps, loss, eta_seconds ..."""
+
+    @property
+    def seq(self) -> int:
+        return number_of(self.id)
+
+
+def list_jobs(root: DataRoot, *, ended: int | None = None) -> list[JobView]:
+    """Every job in the order of acceptance, rejected files among them.
+
+    Args:
+        ended: only so many of the newest ended jobs (None: all). Live jobs are always listed.
+    """
+    waiting = _waiting(root)
+    live, over = [], []
+    for folder in FOLDERS:
+        if not (root.path / folder).is_dir():
+            continue
+        ids = ids_in(root, folder)
+        is_live = not FOLDER_STATE[folder].ended
+        for job_id in ids if is_live or ended is None else ids[-ended:] if ended else []:
+            ticket = read(ticket_path(root, folder, job_id))
+            if ticket is not None:
+                (live if is_live else over).append(_view(root, folder, ticket, waiting))
+    if root.rejected.is_dir():
+        over += _rejected(root)
+    over.sort(key=lambda job: job.seq)
+    kept = over if ended is None else over[len(over) - min(ended, len(over)) :]
+    return sorted([*live, *kept], key=lambda job: job.seq)
+
+
+def find_job(root: DataRoot, text: str) -> JobView:
+    """The job with this id, else the only one whose id starts so, else the newest of this name.
+
+    Raises CommandError: job-unknown, job-ambiguous.
+    """
+    jobs = list_jobs(root)
+    exact = [job for job in jobs if job.id == text]
+    if exact:
+        return exact[0]
+    named = [job for job in jobs if text in (job.name, _slug_in(job.id))]
+    if named:
+        return named[-1]
+    starts = [job for job in jobs if text and (job.id.startswith(text) or str(job.seq) == text)]
+    if len(starts) == 1:
+        return starts[0]
+    if starts:
+        raise CommandError(f"{printable(text)!r} fits {len(starts)} jobs", code="job-ambiguous", where=str(root.path),
+                           why=", ".join(job.id for job in starts[:5]), fix="write more of the id")  # fmt: skip
+    raise CommandError(f"there is no job {printable(text)!r}", code="job-unknown", where=str(root.path),
+                       why="no ticket has this id, start of an id, or name", fix="`dropforge status` lists the jobs")  # fmt: skip
+
+
+def _slug_in(job_id: str) -> str:
+    return job_id.partition("-")[2].rpartition("-")[0]
+
+
+def _view(root: DataRoot, folder: str, ticket: Ticket, waiting: dict[str, str]) -> JobView:
+    run = root.run(ticket.id)
+    status = read_status(run)
+    state = state_of(run, folder, status)
+    fits = state.value == status.get("state")
+    result = root.result(ticket.slug, ticket.id).path
+    return JobView(
+        id=ticket.id, name=ticket.name, state=state, reason=status.get("reason") if fits else None,
+        message=str(status.get("message", "")) if fits else state.meaning, file=ticket.file, priority=ticket.priority,
+        waiting_for=waiting.get(ticket.id, ""), accepted=ticket.accepted, attempt=_whole(status.get("attempt")),
+        result=result if result.is_dir() else None, status=status,
+    )  # fmt: skip
+
+
+def state_of(run: RunFolder, folder: str, status: dict[str, Any]) -> State:
+    """The state as the place of the ticket and status.json say together; the place wins."""
+    if folder == "running" and _asked_to_stop(run):
+        return State.CANCELLING
+    written = status.get("state")
+    if written in list(State) and TICKET_FOLDERS[State(written)] == folder:
+        return State(written)
+    return FOLDER_STATE[folder]
+
+
+def _asked_to_stop(run: RunFolder) -> bool:
+    known = attempts.numbers(run)
+    return bool(known) and attempts.read_stop(run, known[-1]) is not None
+
+
+def read_status(run: RunFolder) -> dict[str, Any]:
+    """status.json; empty when there is none that can be read."""
+    try:
+        value = read_json(run.status)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _waiting(root: DataRoot) -> dict[str, str]:
+    try:
+        queued = read_json(root.queue_json)["queued"]
+        return {job["id"]: job["waiting_for"] for job in queued}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _rejected(root: DataRoot) -> list[JobView]:
+    views = []
+    for error in rejections(root):
+        problems = error.get("problems") or [{}]
+        views.append(JobView(
+            id=str(error.get("id", "")), name=str(error.get("file", "")), state=State.REJECTED,
+            reason=error.get("reason"), message=str(problems[0].get("what", "")), file=str(error.get("file", "")),
+            accepted=str(error.get("time", "")), result=None, status=error,
+        ))  # fmt: skip
+    return views
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int else 0

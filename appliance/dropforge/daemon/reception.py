@@ -1,0 +1,69 @@
+"""The inbox end of the daemon: look, settle, take a bounded number per look, leave faulty ones for later."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from dropforge.daemon.faults import Faults
+from dropforge.daemon.intake import Intake
+from dropforge.daemon.names import printable
+from dropforge.daemon.status_page import InboxEntry
+from dropforge.daemon.watcher import Ready, SettleTracker, look
+from dropforge.paths import DataRoot
+
+log = logging.getLogger("dropforge.daemon")
+
+FILES_PER_LOOK = 200
+SECONDS_PER_LOOK = 2.0
+"""One look takes no more files after this time, so that a flood does not hold up running jobs."""
+
+
+class Reception:
+    """Feeds settled files to the intake."""
+
+    def __init__(
+        self,
+        root: DataRoot,
+        intake: Intake,
+        faults: Faults,
+        *,
+        settle_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._root = root
+        self._intake = intake
+        self._faults = faults
+        self._tracker = SettleTracker(root, settle_seconds=settle_seconds)
+        self._clock = clock
+
+    def receive(self, *, now: float) -> bool:
+        """One look at the inbox at time `now`. True when there is more to take right away."""
+        seen = look(self._root)
+        self._intake.forget_all_but(set(seen.entries))
+        ready = [entry for entry in self._tracker.update(seen, now=now) if not self._faults.stands(entry.name)]
+        began = self._clock()
+        for number, entry in enumerate(ready):
+            if number >= FILES_PER_LOOK or self._clock() - began > SECONDS_PER_LOOK:
+                return True
+            # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
+            self._faults.guard(entry.name, lambda entry=entry: self._take(entry, now=now), now=now)
+        return False
+
+    def _take(self, entry: Ready, *, now: float) -> None:
+        job_id = self._intake.take(entry, now=now)
+        if job_id is not None:
+            log.info("%s: accepted", job_id, extra={"action": "accepted"})
+
+    @property
+    def entries(self) -> list[InboxEntry]:
+        """What lies in the inbox and is not a job yet, for people."""
+        unfinished = {item.name: item for item in self._intake.unfinished}
+        return [
+            InboxEntry(
+                file=printable(name), stage="unfinished",
+                message=f"waits for its missing part, then will be rejected: {unfinished[name].error.problems[0].what}",
+            ) if name in unfinished else InboxEntry(file=printable(name), stage="settling")
+            for name in self._tracker.waiting
+        ]  # fmt: skip

@@ -1,0 +1,78 @@
+"""One daemon per data root: a lock the kernel drops when the process dies, and a heartbeat that people can read."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Any
+
+from dropforge.daemon.process import ProcessId
+from dropforge.errors import EnvironmentFault
+from dropforge.events import utc_now
+from dropforge.files import read_json, write_json
+from dropforge.paths import DataRoot
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class Singleton:
+    """Holds state/daemon.lock while entered. Raises EnvironmentFault (daemon-running) when another daemon holds it."""
+
+    def __init__(self, root: DataRoot) -> None:
+        self._root = root
+        self._fd: int | None = None
+
+    def __enter__(self) -> Singleton:
+        fd = os.open(self._root.state / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise self._refusal() from None
+        self._fd = fd
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _refusal(self) -> EnvironmentFault:
+        other = read_heartbeat(self._root).get("process", {}).get("pid", "unknown")
+        return EnvironmentFault(
+            "another daemon serves this data root", code="daemon-running", where=str(self._root.path),
+            why=f"process {other} holds state/daemon.lock", fix="stop it first, or use another DROPFORGE_DATA",
+        )  # fmt: skip
+
+
+def write_heartbeat(root: DataRoot, *, state: str, problems: list[str], running: list[str], queued: int) -> None:
+    """state/daemon.json: health checks and `status` read it. Stale after three times HEARTBEAT_SECONDS."""
+    identity = ProcessId.of(os.getpid())
+    write_json(root.state / "daemon.json", {
+        "schema": 1, "process": identity.as_json() if identity else None, "host": os.uname().nodename, "state": state,
+        "problems": problems, "running": running, "queued": queued, "updated": utc_now(),
+    })  # fmt: skip
+
+
+def read_heartbeat(root: DataRoot) -> dict[str, Any]:
+    """The last heartbeat; empty when there is none that can be read."""
+    try:
+        value = read_json(root.state / "daemon.json")
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def daemon_is_alive(root: DataRoot) -> bool:
+    """True when the lock is held, by a process on this machine or, over a shared disk, on another."""
+    try:
+        fd = os.open(root.state / "daemon.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

@@ -1,0 +1,154 @@
+"""Exports: each is made beside its final place, verified there, and only then renamed into the result.
+
+One merged, repaired 16-bit folder is the source of everything but the adapter (stage.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dropforge.errors import DropforgeError, EnvironmentFault, ExportError, Reason
+from dropforge.export.request import ExportReport, ExportRequest, Made, Message
+from dropforge.files import TEMPORARY_PREFIX, free_bytes, fsync_file, fsync_folder, regular_files, rename_folder
+
+__all__ = ["ExportReport", "ExportRequest", "Message", "export_all", "export_one"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with an export, how many are finished, and how many there are."""
+
+DISK_MARGIN = 64 * 2**20
+
+
+def export_all(
+    request: ExportRequest, *, log: Callable[[str], None], on_progress: Progress = lambda kind, done, total: None
+) -> tuple[ExportReport, ...]:
+    """Make every export of `request.kinds`; one that fails is reported with ok False and takes no other with it.
+
+    Finished exports of an earlier call under the same names are replaced. Errors that are not about an export (bugs)
+    pass through.
+    """
+    from dropforge.export.stage import Stage
+
+    stage = Stage(request, log=log)
+    request.result.path.mkdir(parents=True, exist_ok=True)
+    kinds = _ordered(request.kinds)
+    reports: list[ExportReport] = []
+    for done, kind in enumerate(kinds):
+        on_progress(kind, done, len(kinds))
+        reports.append(export_one(stage, kind))
+    on_progress("", len(kinds), len(kinds))
+    return tuple(reports)
+
+
+def _ordered(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """As asked, but ollama last, and with a GGUF for it when none was asked."""
+    from dropforge.export.export_ollama import MAKES
+
+    others = [kind for kind in dict.fromkeys(kinds) if kind != "ollama"]
+    if "ollama" not in kinds:
+        return tuple(others)
+    if not any(kind.startswith("gguf:") for kind in others):
+        others.append(f"gguf:{MAKES}")
+    return (*others, "ollama")
+
+
+def export_one(stage: Stage, kind: str) -> ExportReport:  # noqa: F821  (imported above, late, because it needs torch)
+    """Make, verify and place one export."""
+    start = time.monotonic()
+    staging = stage.request.result.path / f"{TEMPORARY_PREFIX}{kind.replace(':', '-')}"
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir()
+        _check_space(stage.request)
+        made = _make(stage, kind, staging)
+        path = _place(made.path, staging=staging, target=_target(stage.request, kind, made.path))
+    except DropforgeError as error:
+        stage.log(f"{kind} failed: {error.problems[0].what}")
+        return ExportReport.failed(kind, error, seconds=round(time.monotonic() - start, 3))
+    except OSError as error:
+        stage.log(f"{kind} failed: {error}")
+        fault = EnvironmentFault(
+            f"{kind} could not be written", code="export-io", where=str(error.filename or ""), why=str(error),
+            fix="free some space, then run `dropforge retry`", reason=Reason.DISK,
+        )  # fmt: skip
+        return ExportReport.failed(kind, fault, seconds=round(time.monotonic() - start, 3))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    files = regular_files(path) if path.is_dir() else [path]
+    return ExportReport(
+        kind=kind,
+        ok=True,
+        path=path.relative_to(stage.request.result.path).as_posix(),
+        bytes=sum(file.stat().st_size for file in files),
+        seconds=round(time.monotonic() - start, 3),
+        checks=made.checks,
+    )
+
+
+def _make(stage: Stage, kind: str, folder: Path) -> Made:  # noqa: F821
+    from dropforge.export.export_adapter import export_adapter
+    from dropforge.export.export_gguf import export_gguf, gguf_name
+    from dropforge.export.export_merged import export_merged
+    from dropforge.export.export_ollama import MAKES, choose_type, export_ollama
+
+    name, _, detail = kind.partition(":")
+    if name == "adapter":
+        return export_adapter(stage, folder)
+    if name == "merged":
+        return export_merged(stage, folder)
+    if name == "gguf":
+        return export_gguf(stage, folder, detail)
+    if name == "ollama":
+        request = stage.request
+        asked = tuple(entry[5:] for entry in request.kinds if entry.startswith("gguf:"))
+        made = [t for t in asked if (request.result.gguf / gguf_name(request.slug, t)).is_file()]
+        chosen = choose_type(tuple(made)) or MAKES
+        gguf = request.result.gguf / gguf_name(request.slug, chosen)
+        if not gguf.is_file():
+            raise ExportError(
+                "there is no GGUF for Ollama", code="ollama-no-gguf", where="export", why="making the GGUF failed"
+            )
+        return export_ollama(stage, folder, gguf=gguf)
+    raise ExportError(f"this release cannot export {kind}", code="export-unknown", where="export")
+
+
+def _target(request: ExportRequest, kind: str, made: Path) -> Path:
+    result = request.result
+    places = {"adapter": result.adapter, "merged": result.merged, "ollama": result.modelfile}
+    return places.get(kind) or result.gguf / made.name
+
+
+def _place(made: Path, *, staging: Path, target: Path) -> Path:
+    """Rename into the final place; an older export of the same name is replaced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if made.is_dir():
+        assert made == staging, "a folder export fills its staging folder"
+        rename_folder(made, target)
+    else:
+        fsync_file(made)
+        made.replace(target)
+        fsync_folder(target.parent)
+    return target
+
+
+def _check_space(request: ExportRequest) -> None:
+    """Refuse before writing when not even one more 16-bit copy of the weights fits."""
+    from dropforge.export.safetensors_stream import index_folder
+
+    needed = DISK_MARGIN
+    for info in index_folder(request.full or request.base_path).values():
+        count = 2
+        for extent in info.shape:
+            count *= extent
+        needed += count
+    free = free_bytes(request.result.path)
+    if free < needed:
+        raise EnvironmentFault(
+            f"the disk is too full for an export: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free",
+            code="export-disk", where=str(request.result.path.name), fix="free some space, then run `dropforge retry`",
+            reason=Reason.DISK,
+        )  # fmt: skip

@@ -1,0 +1,35 @@
+"""Export `gguf:TYPE`: one file, made from the 16-bit GGUF, asked the same questions as the merged model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from dropforge.export.request import Made
+from dropforge.export.stage import Stage
+from dropforge.export.verify_gguf import verify_gguf
+from dropforge.llama_cpp.quantize import quantize
+from dropforge.llama_cpp.server import usable_threads
+
+
+def gguf_name(slug: str, gguf_type: str) -> str:
+    """File name as the community writes it: the type at the end, in capitals."""
+    return f"{slug}-{gguf_type.upper()}.gguf"
+
+
+def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
+    """Write one GGUF into `folder` and verify it."""
+    base = stage.base_gguf
+    path = folder / gguf_name(stage.request.slug, gguf_type)
+    fallbacks = 0
+    if gguf_type == base.gguf_type:
+        os.link(base.path, path)
+    else:
+        stage.log(f"quantising to {gguf_type}")
+        fallbacks = quantize(base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads())
+    stage.log(f"verifying {path.name}")
+    checks = verify_gguf(path, gguf_type=gguf_type, expected=base.expected, tools=stage.tools)
+    if fallbacks:
+        checks["tensors_stored_larger"] = fallbacks
+    return Made(path=path, checks={**checks, **asdict(base.conversion)})

@@ -1,0 +1,73 @@
+"""Export `ollama`: a Modelfile beside the GGUF, so that `ollama create` makes the model that was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dropforge.errors import ExportError
+from dropforge.export.modelfile import Modelfile, read_modelfile, write_modelfile
+from dropforge.export.request import Made
+from dropforge.export.stage import Stage
+from dropforge.files import read_json, write_text
+
+PREFERRED = ("q4_k_m", "q8_0")
+MAKES = "q8_0"
+LARGEST_CONTEXT = 8192
+
+
+def choose_type(asked: tuple[str, ...]) -> str | None:
+    """Which of the asked GGUF types Ollama gets: q4_k_m, then q8_0, then the first; None when none was asked."""
+    for wanted in PREFERRED:
+        if wanted in asked:
+            return wanted
+    return asked[0] if asked else None
+
+
+def export_ollama(stage: Stage, folder: Path, *, gguf: Path) -> Made:
+    """Write Modelfile into `folder`; `gguf` is the finished file below the result folder."""
+    request = stage.request
+    found = stage.ollama_template
+    wanted = Modelfile(
+        gguf=f"./{gguf.relative_to(request.result.path).as_posix()}",
+        template=found.text, system=request.system, stops=tuple(stage.stops), context=_context(stage),
+        license=request.license,
+    )  # fmt: skip
+    text, said = write_modelfile(wanted)
+    path = folder / "Modelfile"
+    write_text(path, text)
+    checks = verify_modelfile(path, said=said, stage=stage)
+    return Made(path=path, checks={**checks, "create": f"ollama create {request.slug} -f Modelfile"})
+
+
+def verify_modelfile(path: Path, *, said: Modelfile, stage: Stage) -> dict[str, Any]:
+    """Reads back as meant, names an existing GGUF, and stops where the training ended its turns."""
+    try:
+        found = read_modelfile(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _wrong("the Modelfile cannot be read back", why=str(error)) from error
+    if found != said:
+        raise _wrong("the Modelfile does not say what it should", why=f"{found} instead of {said}")
+    if not (stage.request.result.path / found.gguf).is_file():
+        raise _wrong("the Modelfile names a GGUF that does not exist", why=found.gguf)
+    if stage.end_token and stage.end_token not in found.stops:
+        raise _wrong("the Modelfile has no stop for the end of a turn", why=f"{stage.end_token!r} is missing")
+    template = stage.ollama_template
+    return {
+        "gguf": found.gguf,
+        "template": "proven equal" if found.template else "the GGUF's own (Ollama 0.30 or newer)",
+        "template_reason": template.reason,
+        "conversations_equal": template.conversations if found.template else 0,
+        "stops": list(found.stops),
+        "left_out": list(said.left_out),
+    }
+
+
+def _context(stage: Stage) -> int | None:
+    """num_ctx: what the model was made for, but not more than a laptop's memory likes."""
+    positions = read_json(stage.merged.folder / "config.json").get("max_position_embeddings")
+    return min(int(positions), LARGEST_CONTEXT) if positions else None
+
+
+def _wrong(what: str, *, why: str) -> ExportError:
+    return ExportError(what, code="ollama-modelfile", where="Modelfile", why=why)

@@ -1,0 +1,195 @@
+"""What several exports share, made once when first asked for: the verified merged folder and its 16-bit GGUF."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dropforge.errors import DropforgeError
+from dropforge.export.chat_format import render, stops, token_ids, turn_end
+from dropforge.export.go_template import OllamaTemplate, ollama_template
+from dropforge.export.merge import merge
+from dropforge.export.probes import ANSWERED, TEXTS
+from dropforge.export.reference import Answer
+from dropforge.export.request import ExportRequest, Message
+from dropforge.export.tokenizer_files import is_sentencepiece, set_eos, space_prefix, write_tokenizer
+from dropforge.export.verify_gguf import Expected
+from dropforge.export.verify_merged import VerifiedMerge, verify_merged
+from dropforge.files import read_json, write_json, write_text
+from dropforge.llama_cpp.convert import Conversion, convert
+from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
+
+SAMPLES = 4
+# Characters no chat template holds: 150 of them put the text more than 100 edits away from every template Ollama knows,
+# so that it cannot choose a wrong one by likeness and runs the template in the file instead.
+GUARD = "{#" + "\u203b" * 150 + "#}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The merged, repaired, verified 16-bit folder."""
+
+    folder: Path
+    checks: dict[str, Any]
+    answers: list[Answer]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseGguf:
+    """The 16-bit GGUF every other GGUF is made from."""
+
+    path: Path
+    gguf_type: str
+    conversion: Conversion
+    expected: Expected
+
+
+class Stage:
+    """Shared intermediate products below `request.work`. A step that failed fails again with the same error."""
+
+    def __init__(self, request: ExportRequest, *, log: Callable[[str], None]) -> None:
+        self.request = request
+        self.log = log
+        self._results: dict[str, Any] = {}
+        request.work.mkdir(parents=True, exist_ok=True)
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._results:
+            try:
+                self._results[name] = make()
+            except DropforgeError as error:
+                self._results[name] = error
+        result = self._results[name]
+        if isinstance(result, DropforgeError):
+            raise result
+        return result
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The training tokenizer, as transformers loads it."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.request.tokenizer, local_files_only=True, trust_remote_code=False)
+
+    @cached_property
+    def tools(self) -> LlamaCpp:
+        return find_llama_cpp()
+
+    @cached_property
+    def stops(self) -> list[str]:
+        return stops(self.tokenizer)
+
+    @cached_property
+    def end_token(self) -> str | None:
+        """The token that ends an answer: the template's turn end, else the vocabulary's end token."""
+        found: str | None = turn_end(self.tokenizer) or self.tokenizer.eos_token
+        return found
+
+    @cached_property
+    def ollama_template(self) -> OllamaTemplate:
+        return ollama_template(self.tokenizer)
+
+    @property
+    def merged(self) -> Merged:
+        result: Merged = self._once("merged", self._merge)
+        return result
+
+    @property
+    def base_gguf(self) -> BaseGguf:
+        result: BaseGguf = self._once("base gguf", self._convert)
+        return result
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of what the model is asked: built-in prompts, then the first turns of samples of the data."""
+        conversations = [*ANSWERED, *(_question(sample) for sample in self.request.samples[:SAMPLES])]
+        if self.tokenizer.chat_template is None:
+            return [token_ids(self.tokenizer, text) for text in TEXTS[-4:]]
+        texts = [render(self.tokenizer, messages) for messages in conversations if messages]
+        return [token_ids(self.tokenizer, text) for text in texts if text]
+
+    def _merge(self) -> Merged:
+        request = self.request
+        folder = _fresh(request.work / "merged")
+        self.log("merging the trained weights into 16-bit weights")
+        report = merge(request.full or request.base_path, request.adapter, folder)
+        repairs = write_tokenizer(request.tokenizer, folder, base=request.base_path)
+        end = self.tokenizer.convert_tokens_to_ids(self.end_token) if self.end_token else None
+        _end_generation(folder, end)
+        self.log("comparing the merged weights with the trained model")
+        verified: VerifiedMerge = verify_merged(
+            folder, base=request.base_path, adapter=request.adapter, full=request.full, prompts=self.prompts(), stop=end
+        )
+        checks = {**asdict(report), **verified.checks, "repairs": repairs}
+        return Merged(folder=folder, checks=checks, answers=verified.answers, dtype=report.dtype)
+
+    def _convert(self) -> BaseGguf:
+        merged, request = self.merged, self.request
+        view = _fresh(request.work / "gguf-view")
+        for path in merged.folder.iterdir():
+            if path.suffix == ".safetensors":
+                os.link(path, view / path.name)
+            else:
+                shutil.copyfile(path, view / path.name)
+        config = read_json(view / "config.json")
+        config.pop("auto_map", None)
+        write_json(view / "config.json", config)
+        if self.end_token:
+            set_eos(view / "tokenizer_config.json", self.end_token)
+        template = self._file_template()
+        if template is not None:
+            write_text(view / "chat_template.jinja", template)
+        definition = read_json(view / "tokenizer.json")
+        prefix = space_prefix(definition) if is_sentencepiece(definition) else ""
+        space = {"": None, "never": False, "always": True, "first": template is None}[prefix]
+        gguf_type = {"float16": "f16", "bfloat16": "bf16"}[merged.dtype]
+        target = request.work / f"base-{gguf_type}.gguf"
+        self.log(f"converting to GGUF ({gguf_type})")
+        conversion = convert(
+            view, target, gguf_type=gguf_type, name=request.name, tools=self.tools, add_space_prefix=space
+        )
+        expected = Expected(
+            tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=merged.answers,
+            plain_text=prefix != "first" or template is None,
+        )  # fmt: skip
+        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected)
+
+    def _file_template(self) -> str | None:
+        """The chat template for the file: as trained, kept out of Ollama's guessing unless a TEMPLATE goes with it."""
+        template: str | None = self.tokenizer.chat_template
+        if template is None or self.ollama_template.text is not None:
+            return template
+        return template + GUARD
+
+
+def _question(sample: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The conversation up to its first user turn."""
+    for index, message in enumerate(sample):
+        if message["role"] == "user":
+            return sample[: index + 1]
+    return ()
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _end_generation(folder: Path, end: int | None) -> None:
+    """Make generate() stop at the turn's end token too; base models often name only their document end."""
+    if end is None:
+        return
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.exists() else {}
+    known = config.get("eos_token_id")
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ids:
+        config["eos_token_id"] = [end, *ids] if ids else end
+    write_json(path, config)

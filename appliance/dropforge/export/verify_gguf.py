@@ -1,0 +1,156 @@
+"""Does a GGUF behave like the merged model? Loaded in llama-server and asked the same things, never trusted by exit code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropforge.errors import ExportError
+from dropforge.export.chat_format import render, token_ids
+from dropforge.export.compare import Agreement, agreement
+from dropforge.export.probes import RENDERED, TEXTS
+from dropforge.export.reference import Answer
+from dropforge.export.tolerances import bounds
+from dropforge.llama_cpp.locate import LlamaCpp
+from dropforge.llama_cpp.server import LlamaServer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+LISTED_TOKENS = 4096
+"""Log-probabilities asked per position; a bigger vocabulary's tail counts as one token."""
+CONTEXT = 2048
+NEAR_TIE = 0.05
+"""Two first tokens closer than this (log-probability) may change places by rounding; greedy texts are compared up to there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the file must do, taken from the training tokenizer and the merged model."""
+
+    tokenizer: Any
+    template: str | None
+    """Chat template as it was put into the file."""
+    eos: str | None
+    answers: list[Answer]
+    plain_text: bool
+    """Plain text is cut alike too; False where the file's space prefix is switched off for the sake of chats."""
+
+
+def verify_gguf(path: Path, *, gguf_type: str, expected: Expected, tools: LlamaCpp) -> dict[str, Any]:
+    """All checks of one file; returns the measured numbers.
+
+    Raises ExportError: gguf-load, gguf-metadata, gguf-tokens, gguf-template, gguf-logits, gguf-text.
+    """
+    with LlamaServer(path, tools=tools, exact=True, context=CONTEXT) as server:
+        _check_metadata(server, expected, path.name)
+        conversations = _check_conversations(server, expected, path.name)
+        texts = _check_texts(server, expected, path.name) if expected.plain_text else 0
+        close = _logits(server, expected.answers)
+        greedy = _greedy(server, expected.answers)
+    checks = {
+        "type": gguf_type, "conversations_equal": conversations, "texts_equal": texts,
+        "logits": close.as_dict(), "greedy_prompts": len(expected.answers), "greedy_equal": sum(greedy),
+    }  # fmt: skip
+    _check_logits(close, gguf_type=gguf_type, name=path.name)
+    if bounds(gguf_type).greedy and not all(greedy):
+        raise _failure("gguf-text", "the GGUF answers something else than the merged model", path.name, str(checks))
+    return checks
+
+
+def _failure(code: str, what: str, where: str, why: str) -> ExportError:
+    return ExportError(
+        what, code=code, where=where, why=why[:800],
+        fix="use another export meanwhile, and please report this with provenance.json",
+    )  # fmt: skip
+
+
+def _check_metadata(server: LlamaServer, expected: Expected, name: str) -> None:
+    found = server.properties()
+    wanted = {"eos_token": expected.eos, "chat_template": expected.template}
+    for key, value in wanted.items():
+        if value is not None and found.get(key) != value:
+            why = f"{key} is {str(found.get(key))[:200]!r}, expected {value[:200]!r}"
+            raise _failure("gguf-metadata", f"the GGUF has another {key} than the training", name, why)
+
+
+def _check_conversations(server: LlamaServer, expected: Expected, name: str) -> int:
+    """Rendered text and token ids of whole conversations; returns how many were compared."""
+    if expected.template is None:
+        return 0
+    compared = 0
+    bos = expected.tokenizer.bos_token or ""
+    for messages in RENDERED:
+        wanted = render(expected.tokenizer, messages)
+        if wanted is None:
+            continue
+        found = server.apply_template(list(messages))
+        # llama.cpp leaves out the BOS that it adds again when it cuts the text into tokens.
+        if wanted != found and wanted.removeprefix(bos) != found:
+            raise _failure(
+                "gguf-template", "the GGUF writes a conversation differently", name, f"{found!r}, expected {wanted!r}"
+            )
+        ids, own = server.tokenize(found, add_special=True), token_ids(expected.tokenizer, wanted)
+        if ids != own:
+            raise _failure(
+                "gguf-tokens", "the GGUF cuts a conversation into other tokens", name,
+                f"{wanted!r}: {ids[:40]}, expected {own[:40]}",
+            )  # fmt: skip
+        compared += 1
+    return compared
+
+
+def _check_texts(server: LlamaServer, expected: Expected, name: str) -> int:
+    for text in TEXTS:
+        ids, own = server.tokenize(text, add_special=False), token_ids(expected.tokenizer, text)
+        if ids != own:
+            raise _failure(
+                "gguf-tokens", "the GGUF cuts a text into other tokens", name, f"{text!r}: {ids}, expected {own}"
+            )
+    return len(TEXTS)
+
+
+def _logits(server: LlamaServer, answers: list[Answer]) -> Agreement:
+    """Next-token log-probabilities along the merged model's own greedy path."""
+    return agreement([answer.logprobs for answer in answers], [_rows(server, answer) for answer in answers])
+
+
+def _rows(server: LlamaServer, answer: Answer) -> Array:
+    """float32 [T, V], NaN where the runtime listed no value."""
+    import numpy as np
+
+    rows = np.full(answer.logprobs.shape, np.nan, dtype=np.float32)
+    size = rows.shape[1]
+    for step in range(len(answer.tokens)):
+        prompt = answer.prompt + answer.tokens[:step]
+        listed = server.complete(prompt, max_tokens=1, n_probs=min(size, LISTED_TOKENS)).logprobs
+        for token, value in (listed[0] if listed else {}).items():
+            # A vocabulary padded in the file has more tokens than the model; JSON writes NaN as null.
+            if token < size and value is not None:
+                rows[step, token] = value
+    return rows
+
+
+def _greedy(server: LlamaServer, answers: list[Answer]) -> list[bool]:
+    """Whether each greedy continuation is the same, up to the first near tie of the merged model."""
+    results = []
+    for answer in answers:
+        ties = [step for step, margin in enumerate(answer.margins) if margin < NEAR_TIE]
+        length = ties[0] if ties else len(answer.tokens)
+        tokens = server.complete(answer.prompt, max_tokens=len(answer.tokens)).tokens if length else []
+        # The end token is not listed among the generated tokens.
+        results.append(tokens[:length] == answer.tokens[:length] or tokens == answer.tokens[: length - 1])
+    return results
+
+
+def _check_logits(close: Agreement, *, gguf_type: str, name: str) -> None:
+    limit = bounds(gguf_type)
+    if not (close.relative_error <= limit.relative_error and close.mean_kl <= limit.mean_kl):
+        raise _failure(
+            "gguf-logits", "the GGUF predicts something else than the merged model", name,
+            f"relative error {close.relative_error:.4g} (allowed {limit.relative_error:g}), "
+            f"mean KL {close.mean_kl:.4g} (allowed {limit.mean_kl:g}) over {close.positions} positions",
+        )  # fmt: skip

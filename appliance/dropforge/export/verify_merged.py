@@ -1,0 +1,102 @@
+"""Does the merged folder hold exactly the trained model? Checked against PEFT's own arithmetic, never against ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropforge.errors import ExportError
+from dropforge.export.compare import agreement
+from dropforge.export.reference import Answer, answers, merged_model, prompt_logprobs, quiet_libraries, trained_model
+from dropforge.export.safetensors_stream import index_folder, read_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+# Relative error of logits from rounding weights to 16 bits; docs/guides/exports.md has the measured values.
+LOGIT_BOUND = {"float16": 0.01, "bfloat16": 0.05}
+# One unit in the last place, relative: rounding itself costs half of it, the rest covers another order of additions.
+STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifiedMerge:
+    """The numbers, and the merged model's answers for the exports that follow."""
+
+    checks: dict[str, Any]
+    answers: list[Answer]
+
+
+def verify_merged(
+    folder: Path, *, base: Path, adapter: Path | None, full: Path | None, prompts: list[list[int]], stop: int | None
+) -> VerifiedMerge:
+    """Load both in transformers and compare names, shapes, every value, and logits.
+
+    `prompts` are token ids. Raises ExportError (export-merge-wrong) with the first difference found.
+    """
+    label = _one_dtype(folder)
+    with trained_model(base, adapter, full) as model:
+        truth = prompt_logprobs(model, prompts)
+        exact = str(model.dtype) == "torch.float32"
+        if adapter is not None:
+            with quiet_libraries():
+                model = model.merge_and_unload()
+        values = _compare_values(folder, dict(model.state_dict()), step=STEP[label] * (1 if exact else 16))
+        del model
+    with merged_model(folder) as (merged, loading):
+        if loading:
+            raise _wrong("the merged folder does not fit its own configuration", why=str(loading)[:500])
+        close = agreement(truth, prompt_logprobs(merged, prompts))
+        continued = answers(merged, prompts, stop=stop)
+    if not close.relative_error <= LOGIT_BOUND[label]:
+        raise _wrong(
+            "the merged model predicts something else than the trained model",
+            why=f"relative error of logits {close.relative_error:.4g}, allowed {LOGIT_BOUND[label]:g}",
+        )
+    return VerifiedMerge(checks={"dtype": label, **values, "logits": close.as_dict()}, answers=continued)
+
+
+def _one_dtype(folder: Path) -> str:
+    kinds = {info.dtype for info in index_folder(folder).values()}
+    names = {"F16": "float16", "BF16": "bfloat16"}
+    if len(kinds) != 1 or not kinds <= set(names):
+        raise _wrong("the merged folder must hold one 16-bit type", why=f"it holds {', '.join(sorted(kinds))}")
+    return names[kinds.pop()]
+
+
+def _compare_values(folder: Path, truth: dict[str, torch.Tensor], *, step: float) -> dict[str, int]:
+    """Every stored tensor against the tensor of the same name; fused layouts without such a name are left to logits."""
+    stored = index_folder(folder)
+    compared = zero = 0
+    for name, info in stored.items():
+        if name not in truth:
+            continue
+        mine, other = read_tensor(info, name).float(), truth[name].float()
+        if mine.shape != other.shape:
+            raise _wrong(f"{name} has the wrong shape", why=f"{tuple(mine.shape)}, expected {tuple(other.shape)}")
+        allowed = other.abs() * step + other.abs().max() * 1e-6 + 6e-8
+        difference = (mine - other).abs()
+        if not bool((difference <= allowed).all()):
+            raise _wrong(f"{name} differs from the trained weight", why=f"by up to {float(difference.max()):.4g}")
+        compared += 1
+        zero += int(not bool(mine.any()))
+    absent = [name for name in stored if name not in truth]
+    known = set(stored)
+    tied = [name for name in truth if name not in known and not _is_tied_head(name, truth)]
+    if bool(absent) != bool(tied):
+        raise _wrong("the merged folder has other tensors than the model", why=", ".join((absent + tied)[:5]))
+    return {"tensors": len(stored), "tensors_compared": compared, "tensors_all_zero": zero}
+
+
+def _is_tied_head(name: str, truth: dict[str, torch.Tensor]) -> bool:
+    """The head of a tied model is in the state dict but not in the file."""
+    pointer = truth[name].data_ptr()
+    return any(other != name and tensor.data_ptr() == pointer for other, tensor in truth.items())
+
+
+def _wrong(what: str, *, why: str) -> ExportError:
+    return ExportError(
+        what, code="export-merge-wrong", where="merged", why=why,
+        fix="this is a fault of Dropforge, not of your data; please report it with provenance.json",
+    )  # fmt: skip

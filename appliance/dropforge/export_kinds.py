@@ -1,0 +1,48 @@
+"""The words a spec may use under `export`, and what their short forms stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GGUF_TYPES = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1", "q4_k_m", "q4_k_s", "q4_0", "q4_1",
+    "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_l", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
+    "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq1_0", "tq2_0",
+)  # fmt: skip
+GGUF_ALIASES = {
+    "not_quantized": "f16",
+    "fast_quantized": "q8_0",
+    "quantized": "q4_k_m",
+    "q5_k": "q5_k_m",
+    "q4_k": "q4_k_m",
+    "q3_k": "q3_k_m",
+    "q3_k_xs": "iq3_xs",
+}
+EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
+
+
+def normalise_exports(value: Any) -> Any:
+    """`gguf:q4_k_m,q8_0` becomes two entries; aliases become their types; repetitions go."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    entries: list[Any] = []
+    for item in value:
+        if isinstance(item, str) and item.lower().startswith("gguf:"):
+            types = [text.strip().lower() for text in item[5:].split(",")]
+            entries += [f"gguf:{GGUF_ALIASES.get(name, name)}" for name in types]
+        else:
+            entries.append(item)
+    return tuple(dict.fromkeys(entries)) if all(isinstance(e, str) for e in entries) else tuple(entries)
+
+
+def check_export(entry: str) -> str:
+    kind, _, detail = entry.partition(":")
+    if kind not in EXPORT_KINDS:
+        raise ValueError(f"unknown export {entry!r}; known: {', '.join(EXPORT_KINDS)}")
+    if kind == "gguf" and detail not in GGUF_TYPES:
+        raise ValueError(f"unknown GGUF type {detail!r}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
+    if kind != "gguf" and detail:
+        raise ValueError(f"{kind} takes no detail, so write just {kind!r}")
+    return entry
