@@ -108,11 +108,12 @@ def _dtypes(spec: Spec, device: str) -> tuple[str, str]:
 
 
 def _optimizer(spec: Spec, device: str, notes: list[str]) -> str:
-    """bitsandbytes' 8-bit and paged optimizers run on CUDA only."""
+    """Paged optimizers live in CUDA's managed memory; their plain forms run anywhere."""
     asked = spec.train.optim
-    if device == "cpu" and ("8bit" in asked or asked.startswith("paged")):
-        notes.append(f"optimizer {asked} needs CUDA; adamw_torch takes its place, with 4x its state memory")
-        return "adamw_torch"
+    if device == "cpu" and asked.startswith("paged_"):
+        plain = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}[asked]
+        notes.append(f"optimizer {asked} needs a GPU; {plain} does the same arithmetic here")
+        return plain
     return asked
 
 

@@ -169,6 +169,16 @@ def _too_many(filename: str) -> SpecError:
     )
 
 
+def _joined_surrogates(text: str, filename: str, line: int | None = None) -> str:
+    """`\\ud83d\\ude00` is one character in JSON; half of such a pair is none and cannot be written as UTF-8."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise refuse(
+            "spec-encoding", "a \\u escape is half of a surrogate pair", filename=filename, line=line
+        ) from None
+
+
 def _check_size(value: Any, filename: str) -> None:
     stack, nodes = [(value, 1)], 0
     while stack:
@@ -178,6 +188,8 @@ def _check_size(value: Any, filename: str) -> None:
             raise _too_deep(filename, None)
         if nodes > MAX_NODES:
             raise _too_many(filename)
+        if isinstance(item, str):
+            _joined_surrogates(item, filename)
         children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         stack.extend((child, depth + 1) for child in children)
 
@@ -295,7 +307,7 @@ class _YamlReader:
             raise refuse("spec-tag", f"YAML tags are not allowed: {event.tag}", filename=self.filename, line=line)
 
     def _scalar(self, event: Any, line: int | None) -> Any:
-        text = event.value
+        text = _joined_surrogates(event.value, self.filename, line)
         if event.style in ("'", '"', "|", ">") or getattr(event, "tag", None) == "!":
             return text
         if _NULL.fullmatch(text):

@@ -99,7 +99,6 @@ class JobCallback(TrainerCallback):
             "loss": loss,
             "learning_rate": values.get("learning_rate"),
             "grad_norm": norm,
-            "mean_token_accuracy": values.get("mean_token_accuracy"),
             "trained_tokens_per_second": round(epochs * self.trained_tokens / seconds, 1),
         }
         self.log.metrics(**row)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from dropforge.checkpoints import CheckpointStore
@@ -70,6 +71,15 @@ class JobSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self._store = store
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's fused language-model head is a Triton kernel; on a CPU the model's own loss takes its place."""
+        if self.args.device.type != "cpu":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Each checkpoint would get a README; the result folder has the one model card."""
 
@@ -117,6 +127,7 @@ def train_sft(
         callbacks=[callback, early],
         store=store,
     )
+    trainer.remove_callback(PrinterCallback)  # it prints every metric; metrics.jsonl has them
     if checkpoint:
         log.event("resume", step=checkpoint.step)
     try:

@@ -35,7 +35,8 @@ def read_elements(path: Path) -> list[Element]:
     with gzip.open(path, "rt", encoding="iso-8859-1") as stream:  # the database is older than UTF-8
         text = stream.read()
     found = [
-        Element(name=match["name"], symbol=match["symbol"], number=int(match["number"])) for match in ENTRY.finditer(text)
+        Element(name=match["name"], symbol=match["symbol"], number=int(match["number"]))
+        for match in ENTRY.finditer(text)
     ]
     elements = sorted((element for element in found if element.number <= LAST), key=lambda element: element.number)
     if [element.number for element in elements] != list(range(1, LAST + 1)):

@@ -30,6 +30,9 @@ class Progress:
     """Step of the newest checkpoint, 0 without one."""
 
 
+_STATES = {state.value: state for state in State}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttemptEnd:
     """The content of exit.json."""
@@ -54,7 +57,7 @@ class AttemptEnd:
     def from_json(cls, value: dict[str, Any]) -> AttemptEnd:
         """Raises KeyError, TypeError or ValueError for a file that somebody edited."""
         return cls(
-            state=State(value["state"]),
+            state=_STATES[value["state"]],
             reason=Reason(value["reason"]) if value.get("reason") else None,
             message=str(value.get("message", "")),
             problems=tuple(value.get("problems", ())),

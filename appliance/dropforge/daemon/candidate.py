@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dropforge.daemon.names import JOB_FILE_NAMES, is_job_folder, is_spec_file, printable
 from dropforge.daemon.watcher import FOLDER_ENTRIES
-from dropforge.errors import Reason, SpecError
+from dropforge.errors import SpecError
 from dropforge.files import regular_files, sha256_bytes, sha256_file
 from dropforge.spec_file import MAX_BYTES
 
@@ -32,6 +32,15 @@ class Candidate:
     """See Ticket.digest."""
 
     @property
+    def suffix(self) -> str:
+        return Path(self.spec_name).suffix.lower()
+
+    @property
+    def shown_name(self) -> str:
+        """For the checker, which goes by the ending, and for messages."""
+        return printable(Path(self.spec_name).stem) + self.suffix
+
+    @property
     def spec_digest(self) -> str:
         return sha256_bytes(self.raw)
 
@@ -41,7 +50,8 @@ def read_candidate(path: Path) -> Candidate:
     if stat.S_ISDIR(path.lstat().st_mode):
         return _read_folder(path)
     if not is_spec_file(path.name) and stat.S_ISREG(path.lstat().st_mode):
-        raise _refused(path, "inbox-not-a-spec", "not a job spec", "its name does not end in .yaml, .yml, .json or .toml",
+        raise _refused(path, "inbox-not-a-spec", "not a job spec",
+                       "its name does not end in .yaml, .yml, .json or .toml",
                        "put data into datasets/, or into a folder NAME.job/ together with job.yaml")  # fmt: skip
     raw = read_regular(path)
     return Candidate(path=path, raw=raw, spec_name=path.name, is_folder=False, digest=sha256_bytes(raw))
@@ -64,7 +74,8 @@ def read_regular(path: Path) -> bytes:
             )
         if info.st_nlink != 1:
             raise _refused(path, "inbox-hard-link", "a file with several names",
-                           "a hard link could be changed from outside while the job runs", "copy the file (cp) instead of linking it")  # fmt: skip
+                           "a hard link could be changed from outside while the job runs",
+                           "copy the file (cp) instead of linking it")  # fmt: skip
         if info.st_size == 0:
             raise _refused(
                 path,
@@ -75,7 +86,8 @@ def read_regular(path: Path) -> bytes:
             )
         raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise _refused(path, "inbox-too-large", "too large for a job spec", f"it holds more than {MAX_BYTES // 1024} KiB",
+        raise _refused(path, "inbox-too-large", "too large for a job spec",
+                       f"it holds more than {MAX_BYTES // 1024} KiB",
                        "put data into its own file and name it in `data`")  # fmt: skip
     return raw
 
@@ -88,7 +100,9 @@ def _read_folder(path: Path) -> Candidate:
     names = [name for name in JOB_FILE_NAMES if (path / name).is_file()]
     if len(names) != 1:
         why = f"it holds {' and '.join(names)}" if names else "it holds no job.yaml (or job.yml, job.json, job.toml)"
-        raise _refused(path, "inbox-no-spec", "a job folder needs exactly one spec", why, "put the spec into job.yaml")
+        raise _refused(
+            path, "inbox-no-spec", "not a job folder with exactly one spec", why, "put the spec into job.yaml"
+        )
     raw = read_regular(path / names[0])
     return Candidate(path=path, raw=raw, spec_name=names[0], is_folder=True, digest=_folder_digest(path))
 
@@ -97,13 +111,14 @@ def _refuse_contents(folder: Path) -> None:
     """Links and special files inside a job folder could lead outside or block a reader for ever."""
     for number, entry in enumerate(folder.rglob("*")):
         if number >= FOLDER_ENTRIES:
-            raise _refused(folder, "inbox-too-many-files", "too many files", f"it holds more than {FOLDER_ENTRIES} entries",
+            raise _refused(folder, "inbox-too-many-files", "too large a folder",
+                           f"it holds more than {FOLDER_ENTRIES} entries",
                            "put large collections into datasets/")  # fmt: skip
         info = entry.lstat()
         regular = stat.S_ISREG(info.st_mode)
         if not (regular or stat.S_ISDIR(info.st_mode)) or (regular and info.st_nlink != 1):
             inside = printable(str(entry.relative_to(folder)))
-            raise _refused(folder, "inbox-link-inside", "a job folder may hold only plain files and folders",
+            raise _refused(folder, "inbox-link-inside", "not a folder of plain files",
                            f"{inside} is a link or a special file", "copy the file itself")  # fmt: skip
 
 
@@ -118,5 +133,5 @@ def _folder_digest(folder: Path) -> str:
 
 
 def _refused(path: Path, code: str, what: str, why: str, fix: str) -> SpecError:
-    return SpecError(f"{printable(path.name)} is {what}" if not what.startswith("a job folder") else what,
-                     code=code, where=f"inbox/{printable(path.name)}", why=why, fix=fix, reason=Reason.INVALID_SPEC)  # fmt: skip
+    name = printable(path.name)
+    return SpecError(f"{name} is {what}", code=code, where=f"inbox/{name}", why=why, fix=fix)

@@ -23,21 +23,27 @@ _NUMBER_BYTES = 16
 
 
 class Action(StrEnum):
-    """What can be asked about one job, and in which folders its ticket may lie for that."""
+    """What can be asked about one job."""
 
-    CANCEL = "cancel", ("queue", "running", "held")
-    CHECKPOINT = "checkpoint", ("running",)
-    RETRY = "retry", ("held", "failed", "partial", "cancelled")
-    RELEASE = "release", ("held",)
-    PRIORITY = "priority", ("queue", "held")
+    CANCEL = "cancel"
+    CHECKPOINT = "checkpoint"
+    RETRY = "retry"
+    RELEASE = "release"
+    PRIORITY = "priority"
 
-    folders: tuple[str, ...]
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Where the job's ticket may lie for this."""
+        return _FOLDERS[self]
 
-    def __new__(cls, value: str, folders: tuple[str, ...]) -> Action:
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.folders = folders
-        return member
+
+_FOLDERS = {
+    Action.CANCEL: ("queue", "running", "held"),
+    Action.CHECKPOINT: ("running",),
+    Action.RETRY: ("held", "failed", "partial", "cancelled"),
+    Action.RELEASE: ("held",),
+    Action.PRIORITY: ("queue", "held"),
+}
 
 
 class Switch(StrEnum):

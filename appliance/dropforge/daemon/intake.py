@@ -23,7 +23,7 @@ from dropforge.daemon.crash_points import CrashHook
 from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, printable, slug
 from dropforge.daemon.queue import Ticket, TicketBook, put, rename, ticket_path
 from dropforge.daemon.rejection import reject
-from dropforge.daemon.watcher import Fingerprint, Ready, fingerprint, ready_marker
+from dropforge.daemon.watcher import Fingerprint, Ready, clear_mark, fingerprint
 from dropforge.errors import DataError, DropforgeError, InputError, Reason, SpecError
 from dropforge.events import RunLog, utc_now
 from dropforge.files import fsync_folder, read_json, sha256_bytes, write_bytes, write_json, write_text
@@ -84,7 +84,7 @@ class Intake:
         path = self._root.inbox / ready.name
         try:
             candidate = read_candidate(path)
-            checked = self._check(candidate.raw, filename=printable(candidate.spec_name))
+            checked = self._check(candidate.raw, filename=candidate.shown_name)
             self._refuse_missing_data(checked.spec, candidate)
             self._refuse_duplicate(candidate, checked.spec)
         except FileNotFoundError:
@@ -106,7 +106,7 @@ class Intake:
         digest = sha256_bytes(os.fsencode(ready.name))
         job_id = sequence.job_id(number, slug=slug(ready.name), digest=digest)
         reject(self._root, ready.name, error, job_id=job_id, crash=self._crash)
-        ready_marker(self._root, ready.name).unlink(missing_ok=True)
+        clear_mark(self._root, ready.name)
 
     def _refuse_missing_data(self, spec: Spec, candidate: Candidate) -> None:
         beside = candidate.path if candidate.is_folder else None
@@ -157,7 +157,7 @@ class Intake:
         put(self._root, "queue", ticket)
         self._crash("intake.ticket-written")
         announce(run, ticket)
-        ready_marker(self._root, ready.name).unlink(missing_ok=True)
+        clear_mark(self._root, ready.name)
         self._book.add("queue", ticket)
         self._crash("intake.accepted")
         return ticket.id
@@ -171,7 +171,7 @@ def _make_run_folder(
     write_bytes(run.spec_original, candidate.raw)
     write_text(run.spec_resolved, to_yaml(checked.resolved))
     write_json(run.path / TICKET_COPY, {"ticket": ticket.as_json(), "folder": candidate.is_folder,
-                                        "spec_name": candidate.spec_name, "fingerprint": settled.token})  # fmt: skip
+                                        "suffix": candidate.suffix, "fingerprint": settled.token})  # fmt: skip
     fsync_folder(run.path.parent)
 
 
@@ -205,7 +205,7 @@ def give_back(root: DataRoot, ticket: Ticket, run: RunFolder) -> None:
     source = run.job_data if copy["folder"] else ticket_path(root, "queue", ticket.id)
     name = ticket.file
     if name != printable(name) or "\\" in name or is_ignored(name) or os.path.lexists(root.inbox / name):
-        name = f"{ticket.id}{JOB_FOLDER_SUFFIX if copy['folder'] else Path(copy['spec_name']).suffix}"
+        name = f"{ticket.id}{JOB_FOLDER_SUFFIX if copy['folder'] else copy['suffix']}"
     rename(source, root.inbox / name)
     shutil.rmtree(run.path)
 

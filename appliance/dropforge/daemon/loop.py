@@ -3,8 +3,8 @@
     look at runners that ended -> do what control/ asks -> take what settled in the inbox -> enforce time limits
     -> start what may start -> say how things stand -> wait
 
-Everything is decided on the monotonic clock given to `tick`, so tests set the time. A fault in one file or job is logged
-and does not stop the others.
+Everything is decided on the monotonic clock given to `tick`, so tests set the time. A fault in one file or job is
+logged and does not stop the others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from dropforge.daemon import attempts
@@ -159,7 +160,7 @@ class Daemon:
         self._ended = [
             ended
             for ended in self._ended
-            if not self._faults.guard(f"ending {ended.ticket.id}", lambda e=ended: self._finish(e), now=now)
+            if not self._faults.guard(f"ending {ended.ticket.id}", partial(self._finish, ended), now=now)
         ]
 
     def _finish(self, ended: Ended) -> None:
@@ -182,7 +183,7 @@ class Daemon:
         for ticket, slots in self._schedule.starts:
             what = f"starting {ticket.id}"
             if not self._stop.is_set() and not self._faults.stands(what):
-                self._faults.guard(what, lambda t=ticket, s=slots: self._start(t, s, now), now=now)
+                self._faults.guard(what, partial(self._start, ticket, slots, now), now=now)
         self._faults.guard("waiting_for", self._note_waiting, now=now)
 
     def _start(self, ticket: Ticket, slots: tuple[str, ...], now: float) -> None:

@@ -11,7 +11,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def kill_count(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int | None:
-    """The oom_kill counter of this process's control group (version 2, then 1), else of the machine; None if unknown."""
+    """The oom_kill counter of this process's control group (version 2, then 1), else of the machine.
+
+    None when the kernel tells nothing.
+    """
     group = _own_groups(proc)
     sources = [
         cgroup / group.get("", "").lstrip("/") / "memory.events",

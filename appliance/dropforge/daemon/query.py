@@ -1,4 +1,4 @@
-"""What the jobs are doing, from files alone: works without the daemon, on a copy of the data root, on another machine."""
+"""What the jobs are doing, from files alone: works without the daemon, and on a copy of the data root."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from dropforge.daemon import attempts
 from dropforge.daemon.names import printable
-from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, ids_in, read, ticket_path
+from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, ids_in, read, state_in, ticket_path
 from dropforge.daemon.rejection import rejections
 from dropforge.daemon.sequence import number_of
 from dropforge.errors import CommandError
 from dropforge.files import read_json
-from dropforge.paths import TICKET_FOLDERS, DataRoot, RunFolder
+from dropforge.paths import DataRoot, RunFolder
 from dropforge.states import State
 
 
@@ -50,7 +50,8 @@ def list_jobs(root: DataRoot, *, ended: int | None = None) -> list[JobView]:
         ended: only so many of the newest ended jobs (None: all). Live jobs are always listed.
     """
     waiting = _waiting(root)
-    live, over = [], []
+    live: list[JobView] = []
+    over: list[JobView] = []
     for folder in FOLDERS:
         if not (root.path / folder).is_dir():
             continue
@@ -86,7 +87,8 @@ def find_job(root: DataRoot, text: str) -> JobView:
         raise CommandError(f"{printable(text)!r} fits {len(starts)} jobs", code="job-ambiguous", where=str(root.path),
                            why=", ".join(job.id for job in starts[:5]), fix="write more of the id")  # fmt: skip
     raise CommandError(f"there is no job {printable(text)!r}", code="job-unknown", where=str(root.path),
-                       why="no ticket has this id, start of an id, or name", fix="`dropforge status` lists the jobs")  # fmt: skip
+                       why="no ticket has this id, start of an id, or name",
+                       fix="`dropforge status` lists the jobs")  # fmt: skip
 
 
 def _slug_in(job_id: str) -> str:
@@ -111,10 +113,7 @@ def state_of(run: RunFolder, folder: str, status: dict[str, Any]) -> State:
     """The state as the place of the ticket and status.json say together; the place wins."""
     if folder == "running" and _asked_to_stop(run):
         return State.CANCELLING
-    written = status.get("state")
-    if written in list(State) and TICKET_FOLDERS[State(written)] == folder:
-        return State(written)
-    return FOLDER_STATE[folder]
+    return state_in(folder, status.get("state")) or FOLDER_STATE[folder]
 
 
 def _asked_to_stop(run: RunFolder) -> bool:

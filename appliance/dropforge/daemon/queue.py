@@ -25,6 +25,13 @@ FOLDER_STATE = {"queue": State.QUEUED, "running": State.PREPARING, "held": State
                 "partial": State.PARTIAL, "failed": State.FAILED, "cancelled": State.CANCELLED,
                 "rejected": State.REJECTED}  # fmt: skip
 """The state of a ticket whose status.json says nothing that fits its folder."""
+_STATES: dict[Any, State] = {state.value: state for state in State}
+
+
+def state_in(folder: str, written: Any) -> State | None:
+    """The state that status.json says, if there is such a state and it belongs into `folder`."""
+    state = _STATES.get(written) if isinstance(written, str) else None
+    return state if state is not None and TICKET_FOLDERS[state] == folder else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from dropforge.daemon.faults import Faults
 from dropforge.daemon.intake import Intake
@@ -48,7 +49,7 @@ class Reception:
             if number >= FILES_PER_LOOK or self._clock() - began > SECONDS_PER_LOOK:
                 return True
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
-            self._faults.guard(entry.name, lambda entry=entry: self._take(entry, now=now), now=now)
+            self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
         return False
 
     def _take(self, entry: Ready, *, now: float) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 from dropforge.daemon import attempts, intake, lease, process
 from dropforge.daemon.attempts import AttemptEnd
-from dropforge.daemon.queue import FOLDERS, Ticket, TicketBook, ids_in, put, read, ticket_path
+from dropforge.daemon.queue import FOLDERS, Ticket, TicketBook, ids_in, put, read, state_in, ticket_path
 from dropforge.daemon.rejection import remove_unfinished
 from dropforge.daemon.transitions import Transitions, open_log
 from dropforge.daemon.verdict import explain_death
 from dropforge.daemon.watcher import READY_SUFFIX
 from dropforge.files import TEMPORARY_PREFIX
-from dropforge.paths import TICKET_FOLDERS, DataRoot, RunFolder
+from dropforge.paths import DataRoot, RunFolder
 from dropforge.states import State
 
 log = logging.getLogger("dropforge.daemon")
@@ -129,7 +129,7 @@ def _agree_with_place(run: RunFolder, ticket: Ticket, folder: str) -> None:
     if not run.path.is_dir():
         return
     written = open_log(run).fields.get("state")
-    if written in list(State) and TICKET_FOLDERS[State(written)] == folder:
+    if state_in(folder, written) is not None:
         return
     if folder == "queue" and written is None:
         intake.announce(run, ticket)

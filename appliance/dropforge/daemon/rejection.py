@@ -1,6 +1,6 @@
 """`rejected/<id>/`: the dropped file, unchanged and under its own name, beside ERROR.txt and error.json.
 
-The folder is made first and the file renamed into it last, so that after a crash the file is in the inbox or here, whole.
+The folder is made first and the file renamed into it last, so that after a crash the file is in the inbox or here.
 """
 
 from __future__ import annotations

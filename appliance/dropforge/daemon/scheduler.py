@@ -1,7 +1,7 @@
 """Which queued job starts next, and what each of the others waits for. Pure: lists in, decisions out.
 
-Highest priority first, then order of acceptance. A slot is one GPU; a machine without GPUs has one slot, its CPU. The job
-at the head is never overtaken by a smaller one, so that large jobs do not starve; a job that can never fit steps aside.
+Highest priority first, then order of acceptance. A slot is one GPU; a machine without GPUs has one slot, its CPU. The
+job at the head is never overtaken by a smaller one, so that large jobs do not starve; one that cannot fit steps aside.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def as_json(page: Page) -> dict[str, Any]:
         "queued_more": len(page.waiting) - len(listed),
         "held": [_short(job) for job in page.jobs if job.state is State.HELD],
         "ended": [_short(job) for job in reversed(page.jobs) if job.state.ended],
-    }
+    }  # fmt: skip
 
 
 def _running(job: JobView) -> dict[str, Any]:

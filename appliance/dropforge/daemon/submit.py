@@ -53,7 +53,8 @@ def submit(root: DataRoot, spec_path: Path, *, files: Mapping[str, Path] | None 
 def _submit_folder(root: DataRoot, folder: Path, token: str) -> Path:
     if not is_job_folder(folder.name):
         raise CommandError(f"{folder.name} is not a job folder", code="submit-not-a-spec", where=str(folder),
-                           why="its name does not end in .job", fix="rename it, or name the spec file in it")  # fmt: skip
+                           why="its name does not end in .job",
+                           fix="rename it, or name the spec file in it")  # fmt: skip
     staged = root.staging / _inbox_name(folder.stem, token, JOB_FOLDER_SUFFIX)
     _copy(folder, staged)
     return _release(root, staged)
@@ -66,8 +67,8 @@ def _submit_with_files(root: DataRoot, spec_path: Path, files: Mapping[str, Path
     (staged / f"job{spec_path.suffix.lower()}").write_bytes(raw)
     for relative, source in files.items():
         if relative.startswith("/") or ".." in Path(relative).parts:
-            raise CommandError(f"{printable(relative)!r} leads out of the job folder", code="submit-link", where=relative,
-                               fix="use a path below the folder of the spec")  # fmt: skip
+            raise CommandError(f"{printable(relative)!r} leads out of the job folder", code="submit-link",
+                               where=printable(relative), fix="use a path below the folder of the spec")  # fmt: skip
         (staged / relative).parent.mkdir(parents=True, exist_ok=True)
         _copy(source, staged / relative)
     return _release(root, staged)

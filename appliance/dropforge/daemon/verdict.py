@@ -1,7 +1,8 @@
-"""What becomes of a job after an attempt: a pure function of how it ended, who asked it to stop, and the deaths before.
+"""What becomes of a job after an attempt: a function of how it ended, who asked it to stop, and the deaths before.
 
-Retrying blindly hides faults, giving up loses work. So: an attempt that ended by itself keeps its end; a stop on request
-becomes what was requested; a death resumes, unless it repeats without progress (a poison job), which a person must see.
+Retrying blindly hides faults, giving up loses work. So: an attempt that ended by itself keeps its end; a stop on
+request becomes what was requested; a death resumes, unless it repeats without progress (a poison job), which a person
+must see.
 """
 
 from __future__ import annotations

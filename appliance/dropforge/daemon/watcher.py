@@ -6,6 +6,7 @@ clock, passed in; modification times are compared for equality only, never with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -111,6 +112,12 @@ def is_marked_ready(root: DataRoot, name: str, seen: Fingerprint) -> bool:
     except (FileNotFoundError, OSError, json.JSONDecodeError, UnicodeDecodeError):
         return False
     return bool(marked == {"fingerprint": seen.token})
+
+
+def clear_mark(root: DataRoot, name: str) -> None:
+    """The entry has been taken. A mark that stays behind is harmless: its fingerprint fits nothing else."""
+    with contextlib.suppress(OSError):
+        ready_marker(root, name).unlink()
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def verify_gguf(path: Path, *, gguf_type: str, expected: Expected, tools: LlamaC
         _check_metadata(server, expected, path.name)
         conversations = _check_conversations(server, expected, path.name)
         texts = _check_texts(server, expected, path.name) if expected.plain_text else 0
-        close = _logits(server, expected.answers)
+        close = _logits(server, expected)
         greedy = _greedy(server, expected.answers)
     checks = {
         "type": gguf_type, "conversations_equal": conversations, "texts_equal": texts,
@@ -113,12 +113,14 @@ def _check_texts(server: LlamaServer, expected: Expected, name: str) -> int:
     return len(TEXTS)
 
 
-def _logits(server: LlamaServer, answers: list[Answer]) -> Agreement:
+def _logits(server: LlamaServer, expected: Expected) -> Agreement:
     """Next-token log-probabilities along the merged model's own greedy path."""
-    return agreement([answer.logprobs for answer in answers], [_rows(server, answer) for answer in answers])
+    plain = token_ids(expected.tokenizer, "a")[-1]
+    rows = [_rows(server, answer, plain=plain) for answer in expected.answers]
+    return agreement([answer.logprobs for answer in expected.answers], rows)
 
 
-def _rows(server: LlamaServer, answer: Answer) -> Array:
+def _rows(server: LlamaServer, answer: Answer, *, plain: int) -> Array:
     """float32 [T, V], NaN where the runtime listed no value."""
     import numpy as np
 
@@ -126,10 +128,9 @@ def _rows(server: LlamaServer, answer: Answer) -> Array:
     size = rows.shape[1]
     for step in range(len(answer.tokens)):
         prompt = answer.prompt + answer.tokens[:step]
-        listed = server.complete(prompt, max_tokens=1, n_probs=min(size, LISTED_TOKENS)).logprobs
-        for token, value in (listed[0] if listed else {}).items():
-            # A vocabulary padded in the file has more tokens than the model; JSON writes NaN as null.
-            if token < size and value is not None:
+        found = server.next_logprobs(prompt, listed=min(size, LISTED_TOKENS), plain_token=plain)
+        for token, value in found.items():
+            if token < size:  # a vocabulary padded in the file has more
                 rows[step, token] = value
     return rows
 
@@ -140,9 +141,8 @@ def _greedy(server: LlamaServer, answers: list[Answer]) -> list[bool]:
     for answer in answers:
         ties = [step for step, margin in enumerate(answer.margins) if margin < NEAR_TIE]
         length = ties[0] if ties else len(answer.tokens)
-        tokens = server.complete(answer.prompt, max_tokens=len(answer.tokens)).tokens if length else []
-        # The end token is not listed among the generated tokens.
-        results.append(tokens[:length] == answer.tokens[:length] or tokens == answer.tokens[: length - 1])
+        tokens = server.continue_greedily(answer.prompt, max_tokens=length) if length else []
+        results.append(tokens == answer.tokens[:length])
     return results
 
 

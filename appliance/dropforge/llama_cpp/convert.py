@@ -35,7 +35,7 @@ def convert(
     assert gguf_type in CONVERTER_TYPES, gguf_type
     prefix = "keep" if add_space_prefix is None else str(add_space_prefix).lower()
     output = run_tool(
-        [sys.executable, "-m", "dropforge.llama_cpp.convert_child", tools.converter, folder, target, gguf_type, name, prefix],
+        [sys.executable, "-P", "-m", "dropforge.llama_cpp.convert_child", tools.converter, folder, target, gguf_type, name, prefix],
         what=f"llama.cpp's converter could not read {folder.name}",
         code="export-convert",
         fix="if llama.cpp does not support the architecture, leave gguf and ollama out of `export`",

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,15 +21,7 @@ from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
 START_SECONDS = 600.0
 REQUEST_SECONDS = 3600.0
 MAX_THREADS = 16
-
-
-@dataclass(frozen=True)
-class Completion:
-    """Greedy continuation of a prompt. `logprobs[i]` maps token ids to natural log-probabilities at step i."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[dict[int, float]]
+SMALL_FILE_BYTES = 200 * 2**20
 
 
 class LlamaServer:
@@ -44,11 +35,11 @@ class LlamaServer:
         self, model: Path, *, tools: LlamaCpp | None = None, context: int = 4096, exact: bool = False,
         threads: int | None = None,
     ) -> None:  # fmt: skip
-        self.model = model
+        self.model = model.absolute()
         self._tools = tools or find_llama_cpp()
         self._context = context
         self._exact = exact
-        self._threads = threads or usable_threads()
+        self._threads = threads or _threads_for(model)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -138,19 +129,28 @@ class LlamaServer:
         prompt: str = self._request("POST", "/apply-template", {"messages": messages})["prompt"]
         return prompt
 
-    def complete(self, tokens: list[int], *, max_tokens: int, n_probs: int = 0) -> Completion:
-        """Continue the ids greedily; with `n_probs` also the likeliest tokens of each step, before any sampler."""
+    def continue_greedily(self, tokens: list[int], *, max_tokens: int) -> list[int]:
+        """Ids of the likeliest continuation; an end token is the last one."""
         body = {
-            "prompt": tokens, "n_predict": max_tokens, "n_probs": n_probs, "temperature": 0.0, "samplers": ["temperature"],
-            "cache_prompt": False, "return_tokens": True, "post_sampling_probs": False,
+            "prompt": tokens, "n_predict": max_tokens, "temperature": 0.0, "samplers": ["temperature"],
+            "cache_prompt": False, "return_tokens": True,
         }  # fmt: skip
-        reply = self._request("POST", "/completion", body)
-        steps = reply.get("completion_probabilities", [])
-        return Completion(
-            text=reply["content"],
-            tokens=reply["tokens"],
-            logprobs=[{item["id"]: item["logprob"] for item in step["top_logprobs"]} for step in steps],
-        )
+        result: list[int] = self._request("POST", "/completion", body)["tokens"]
+        return result
+
+    def next_logprobs(self, tokens: list[int], *, listed: int, plain_token: int) -> dict[int, float]:
+        """Natural log-probabilities of the `listed` likeliest next tokens, from the logits before any sampler.
+
+        The server reports nothing when it samples half a character, so sampling is forced to `plain_token` (any token
+        that is plain text); the reported values are not touched by that. Values below e^-103 are left out (float32).
+        """
+        body = {
+            "prompt": tokens, "n_predict": 1, "n_probs": listed, "temperature": 0.0, "samplers": ["temperature"],
+            "cache_prompt": True, "post_sampling_probs": False, "logit_bias": [[plain_token, 1e6]],
+        }  # fmt: skip
+        steps = self._request("POST", "/completion", body)["completion_probabilities"]
+        found = {item["id"]: item["logprob"] for item in steps[0]["top_logprobs"]}
+        return {token: float("nan") if value is None else value for token, value in found.items() if value is None or value > -200}
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """The assistant's answer, rendered with the chat template inside the file."""
@@ -163,6 +163,11 @@ class LlamaServer:
 def usable_threads() -> int:
     """Cores this process may use, at most 16: more does not help generation."""
     return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+
+
+def _threads_for(model: Path) -> int:
+    """One thread for small files: waiting for each other costs more than a second thread brings, most of all under load."""
+    return usable_threads() if model.exists() and model.stat().st_size > SMALL_FILE_BYTES else 1
 
 
 def _quiet_environment() -> dict[str, str]:

@@ -20,3 +20,12 @@ from dropforge_kernels.ops.swiglu import swiglu as swiglu
 from dropforge_kernels.ops.swiglu import swiglu_backward as swiglu_backward
 from dropforge_kernels.ops.swiglu import swiglu_clamped as swiglu_clamped
 from dropforge_kernels.ops.swiglu import swiglu_packed as swiglu_packed
+from dropforge_kernels.ops.adamw import adamw as adamw
+from dropforge_kernels.ops.adamw import adamw_state as adamw_state
+from dropforge_kernels.ops.adamw import gradient_norm as gradient_norm
+from dropforge_kernels.ops.fp8 import fp8_dequantize_blocks as fp8_dequantize_blocks
+from dropforge_kernels.ops.fp8 import fp8_dequantize_rows as fp8_dequantize_rows
+from dropforge_kernels.ops.fp8 import fp8_quantize_blocks as fp8_quantize_blocks
+from dropforge_kernels.ops.fp8 import fp8_quantize_rows as fp8_quantize_rows
+from dropforge_kernels.ops.grpo_loss import grpo_loss as grpo_loss
+from dropforge_kernels.ops.nf4_dequantize import nf4_dequantize as nf4_dequantize

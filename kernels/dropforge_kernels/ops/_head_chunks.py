@@ -184,7 +184,8 @@ class Head:
     def __init__(
         self, hidden: torch.Tensor, weight: torch.Tensor, rows_per_chunk: int, *, need_hidden: bool, need_weight: bool
     ) -> None:
-        self.hidden, self.weight = hidden, weight
+        self.hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        self.weight = weight
         rows, width = hidden.shape
         self.logits = hidden.new_empty((rows_per_chunk, weight.shape[0]))
         self.d_hidden = hidden.new_zeros((rows, width)) if need_hidden else None

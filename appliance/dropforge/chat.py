@@ -1,0 +1,102 @@
+"""Ask a result: its GGUF through llama-server with the template inside the file, else its merged folder in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dropforge.errors import CommandError
+from dropforge.paths import ResultFolder
+
+Message = dict[str, str]
+Reply = Callable[[list[Message]], str]
+
+MAX_TOKENS = 512
+CONTEXT = 4096
+# The first of these that a result holds answers: small and close first, 16 bits last.
+PREFERRED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "BF16", "F16", "F32")
+LEAVE = {"/exit", "/quit", "/bye"}
+
+
+def answer(
+    result: Path, prompts: list[str], *, max_tokens: int = MAX_TOKENS, system: str | None = None, temperature: float = 0.0
+) -> list[str]:
+    """One answer per prompt, each a conversation of its own, in order. Temperature 0 is greedy.
+
+    `result` is a result folder, a GGUF file or a merged folder. Raises CommandError (chat-nothing) when it holds no model.
+    """
+    with model_of(result, max_tokens=max_tokens, temperature=temperature) as reply:
+        start = [{"role": "system", "content": system}] if system else []
+        return [reply([*start, {"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def converse(
+    result: Path, *, read: Callable[[], str | None], write: Callable[[str], None], system: str | None = None,
+    max_tokens: int = MAX_TOKENS, temperature: float = 0.0,
+) -> None:  # fmt: skip
+    """A conversation that remembers: `read` gives the next message (None ends, /clear forgets), `write` shows the answer."""
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    with model_of(result, max_tokens=max_tokens, temperature=temperature) as reply:
+        while (text := read()) is not None and text.strip() not in LEAVE:
+            if text.strip() == "/clear":
+                messages = list(start)
+                continue
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": reply(messages)})
+            write(messages[-1]["content"])
+
+
+@contextmanager
+def model_of(result: Path, *, max_tokens: int, temperature: float) -> Iterator[Reply]:
+    """A function from a conversation to its answer, while the block lasts."""
+    gguf = choose_gguf(result)
+    if gguf is not None:
+        from dropforge.llama_cpp.server import LlamaServer
+
+        with LlamaServer(gguf, context=CONTEXT) as server:
+            yield lambda messages: server.chat(messages, max_tokens=max_tokens, temperature=temperature)
+        return
+    merged = next((folder for folder in (ResultFolder(result).merged, result) if (folder / "config.json").is_file()), None)
+    if merged is None:
+        raise CommandError(
+            "there is nothing to talk to", code="chat-nothing", where=str(result),
+            why="the result holds neither a GGUF nor a merged model",
+            fix="run `dropforge export RESULT gguf:q8_0` first",
+        )  # fmt: skip
+    with _transformers(merged, max_tokens=max_tokens, temperature=temperature) as reply:
+        yield reply
+
+
+def choose_gguf(result: Path) -> Path | None:
+    """The GGUF that answers for a result: Q8_0 first, else the next in PREFERRED, else any; None when there is none."""
+    if result.is_file():
+        return result
+    files = sorted(ResultFolder(result).gguf.glob("*.gguf"))
+    ranks = {name: place for place, name in enumerate(PREFERRED)}
+    return min(files, key=lambda path: ranks.get(path.stem.rpartition("-")[2], len(ranks)), default=None)
+
+
+@contextmanager
+def _transformers(folder: Path, *, max_tokens: int, temperature: float) -> Iterator[Reply]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = model.float().eval()
+
+    def reply(messages: list[Message]) -> str:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        with torch.no_grad():
+            output = model.generate(
+                **inputs, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+            )
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    yield reply

@@ -1,0 +1,97 @@
+"""Text files as lines of strict UTF-8, also when compressed. A wrong encoding is an error with its line, never a guess."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from dropforge.errors import DataError
+
+COMPRESSED = (".gz", ".bz2", ".xz")
+_UTF8_MARK = b"\xef\xbb\xbf"
+# Longest first: the UTF-32 mark begins with the UTF-16 one.
+_OTHER_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open for reading; .gz, .bz2 and .xz are decompressed on the way."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".bz2":
+        return cast(BinaryIO, bz2.open(path, "rb"))
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    return path.open("rb")
+
+
+def text_lines(path: Path, *, file: str) -> Iterator[tuple[int, str]]:
+    """Line number from 1 and the line with its line end; a UTF-8 byte order mark is dropped.
+
+    Raises DataError data-encoding (line, likely encoding) or data-parse (damaged compression).
+    """
+    try:
+        with open_bytes(path) as stream:
+            for number, raw in enumerate(stream, start=1):
+                yield number, _decode(raw.removeprefix(_UTF8_MARK) if number == 1 else raw, file=file, number=number)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{file} cannot be decompressed", code="data-parse", where=file, why=str(error), fix="compress it again"
+        ) from error
+
+
+def whole_text(path: Path, *, file: str) -> str:
+    """The whole file; errors as in `text_lines`."""
+    return "".join(line for _, line in text_lines(path, file=file))
+
+
+def _decode(raw: bytes, *, file: str, number: int) -> str:
+    where = f"{file}:{number}"
+    if number == 1:
+        for mark, name in _OTHER_MARKS:
+            if raw.startswith(mark):
+                raise _wrong(where, f"the file begins with the mark of {name}", name)
+    if b"\0" in raw:
+        raise DataError(
+            f"{file} is not a text file",
+            code="data-encoding",
+            where=where,
+            why="it holds zero bytes, so it is binary, or UTF-16 without a mark",
+            fix="give a text file in UTF-8; Excel and Parquet files need the suffix .xlsx or .parquet",
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        start, end = max(0, error.start - 15), error.start + 15
+        name = likely_encoding(raw)
+        seen = raw[start:end].decode(name, errors="replace").strip()
+        raise _wrong(where, f"byte 0x{raw[error.start]:02x} is not UTF-8; read as {name} it says {seen!r}", name) from error
+
+
+def likely_encoding(raw: bytes) -> str:
+    """The single-byte encoding of Windows if all bytes are defined there, else ISO-8859-1, where all are."""
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return "iso-8859-1"
+    return "cp1252"
+
+
+def _wrong(where: str, why: str, name: str) -> DataError:
+    file = where.rpartition(":")[0]
+    return DataError(
+        f"{file} is not UTF-8",
+        code="data-encoding",
+        where=where,
+        why=why,
+        fix=f"save it as UTF-8, for example: iconv -f {name} -t UTF-8 {file} > utf8-{Path(file).name}",
+    )

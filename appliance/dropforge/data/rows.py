@@ -1,0 +1,20 @@
+"""One row of a data file as it was read, before anybody knows what it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """`fields` by column name, and where the row stands: a line number in text files, a row number elsewhere, from 1."""
+
+    file: str
+    number: int
+    fields: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """As errors print it: `tickets.csv:17`."""
+        return f"{self.file}:{self.number}"

@@ -1,0 +1,292 @@
+"""Losses of the GRPO family from log-probabilities (ops/linear_logprobs.py gives those), one launch for value and gradient.
+
+Legend: B sequences, T tokens; everything below only over tokens with mask 1; advantage a_b per sequence.
+
+    level "token":     r_bt = exp(logp_bt - old_bt)
+    level "sequence":  r_b  = exp(mean_t (logp_bt - old_bt))                                   (GSPO)
+    l_bt = -min(min(r, delta) a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta k_bt
+    k_bt = exp(ref_bt - logp_bt) - (ref_bt - logp_bt) - 1                                      (k3 estimator of KL to the reference)
+
+    grpo     mean over b of (sum_t l_bt / tokens_b)          dr_grpo  sum l / (B max_completion_length)
+    bnpo     sum l / tokens of this batch                    dapo     sum l / num_items_in_batch (default: tokens of this batch)
+
+Exponents are clamped to +-20, divisors are at least 1, masked tokens never enter an exponential. Sources: DeepSeekMath
+(arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071), two-sided clipping: INTELLECT-2
+(arXiv:2505.07291); names as in TRL's GRPOConfig.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dropforge_kernels import reference
+from dropforge_kernels.checks import check_choice, check_dtype, check_ndim, check_same_device, check_same_shape, check_shape
+from dropforge_kernels.checks import check_tensor
+from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.ops.cross_entropy import items_tensor
+from dropforge_kernels.ops.linear_cross_entropy import scale_gradient
+from dropforge_kernels.reference.grpo_loss import LEVELS, LOSS_TYPES, GrpoLoss
+
+OP = "grpo_loss"
+LIMIT = tl.constexpr(20.0)
+MASKS = frozenset({torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32})
+
+
+@triton.jit
+def _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA: tl.constexpr):
+    """(loss, d loss / d log ratio) of the clipped surrogate."""
+    bounded = ratio
+    slope = tl.where(inside, ratio, 0.0)
+    if HAS_DELTA:
+        bounded = tl.minimum(ratio, delta)
+        slope = tl.where(ratio > delta, 0.0, slope)
+    free = bounded * advantage
+    held = tl.minimum(tl.maximum(ratio, low), high) * advantage
+    return -tl.minimum(free, held), tl.where(free <= held, -advantage * slope, 0.0)
+
+
+@triton.jit
+def _grpo_kernel(
+    logp_ptr,
+    old_ptr,
+    ref_ptr,
+    advantage_ptr,
+    mask_ptr,
+    gradient_ptr,
+    sums_ptr,
+    T,
+    low,
+    high,
+    delta,
+    beta,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    PER_SEQUENCE_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sequence: gradient (T), and sums[b] = (loss, tokens, kl, clipped low, clipped high)."""
+    b = tl.program_id(0).to(tl.int64)
+    advantage = tl.load(advantage_ptr + b).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.float32)
+    shift = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, T, BLOCK):
+        at = b * T + start + lanes
+        live = tl.load(mask_ptr + at, mask=start + lanes < T, other=0) != 0
+        count += live.to(tl.float32)
+        if SEQUENCE and HAS_OLD:
+            logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float32)
+            shift += logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
+    tokens = tl.sum(count, axis=0)
+    least_one = tl.maximum(tokens, 1.0)
+    mean_shift = tl.sum(shift, axis=0) / least_one
+    weight = 1.0
+    if PER_SEQUENCE_MEAN:
+        weight = 1.0 / least_one
+    loss = tl.zeros([BLOCK], tl.float32)
+    kl_sum = tl.zeros([BLOCK], tl.float32)
+    below = tl.zeros([BLOCK], tl.float32)
+    above = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, T, BLOCK):
+        at = b * T + start + lanes
+        here = start + lanes < T
+        live = tl.load(mask_ptr + at, mask=here, other=0) != 0
+        logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float32)
+        log_ratio = tl.zeros([BLOCK], tl.float32)
+        if SEQUENCE:
+            log_ratio += mean_shift
+        elif HAS_OLD:
+            log_ratio = logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
+        inside = tl.abs(log_ratio) <= LIMIT
+        # The propagating clamp: a NaN log-probability must reach the loss.
+        ratio = tl.exp(tl.clamp(log_ratio, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL))
+        value, slope = _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA)
+        value = tl.where(ratio != ratio, ratio, value)
+        if HAS_REF:
+            difference = tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float32) - logp
+            e = tl.exp(tl.clamp(difference, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL))
+            kl = e - difference - 1.0
+            value += beta * kl
+            slope += beta * (1.0 - tl.where(tl.abs(difference) <= LIMIT, e, 0.0))
+            kl_sum += tl.where(live, kl, 0.0)
+        loss += tl.where(live, value, 0.0)
+        below += (live & (ratio < low) & (advantage < 0.0)).to(tl.float32)
+        above += (live & (ratio > high) & (advantage > 0.0)).to(tl.float32)
+        tl.store(gradient_ptr + at, tl.where(live, slope * weight, 0.0).to(gradient_ptr.dtype.element_ty), mask=here)
+    tl.store(sums_ptr + b * 5, tl.sum(loss, axis=0) * weight)
+    tl.store(sums_ptr + b * 5 + 1, tokens)
+    tl.store(sums_ptr + b * 5 + 2, tl.sum(kl_sum, axis=0))
+    tl.store(sums_ptr + b * 5 + 3, tl.sum(below, axis=0))
+    tl.store(sums_ptr + b * 5 + 4, tl.sum(above, axis=0))
+
+
+@torch.library.custom_op("dropforge::grpo_loss", mutates_args=())
+def _forward(
+    logprobs: torch.Tensor,
+    old: torch.Tensor | None,
+    ref: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    items: torch.Tensor | None,
+    loss_type: str,
+    sequence: bool,
+    low: float,
+    high: float,
+    delta: float | None,
+    beta: float,
+    max_completion_length: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, means (3), 1 / divisor, undivided gradient (B, T) fp32)."""
+    batch, length = logprobs.shape
+    gradient = torch.empty((batch, length), dtype=torch.float32, device=logprobs.device)
+    sums = torch.empty((batch, 5), dtype=torch.float32, device=logprobs.device)
+    if batch:
+        _grpo_kernel[(batch,)](
+            logprobs,
+            old if old is not None else logprobs,
+            ref if ref is not None else logprobs,
+            advantages,
+            mask,
+            gradient,
+            sums,
+            length,
+            low,
+            high,
+            delta if delta is not None else 0.0,
+            beta,
+            HAS_OLD=old is not None,
+            HAS_REF=ref is not None,
+            HAS_DELTA=delta is not None,
+            SEQUENCE=sequence,
+            PER_SEQUENCE_MEAN=loss_type == "grpo",
+            BLOCK=min(1024, triton.next_power_of_2(max(16, length))),
+            num_warps=4,
+        )
+    totals = sums.sum(0)
+    share = totals[1].clamp_min(1)
+    if loss_type in ("grpo", "dr_grpo"):
+        divisor = batch if loss_type == "grpo" else batch * max_completion_length
+        scale = torch.full_like(share, 1.0 / max(1, divisor))
+    else:
+        scale = (share if items is None else items.reshape(()).float().clamp_min(1)).reciprocal()
+    return totals[0] * scale, totals[2:] / share, scale, gradient
+
+
+@_forward.register_fake
+def _(logprobs, *_):
+    scalar = logprobs.new_empty((), dtype=torch.float32)
+    means = logprobs.new_empty((3,), dtype=torch.float32)
+    return scalar, means, torch.empty_like(scalar), logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], output[3])
+
+
+def _differentiate(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 13
+    scale, gradient = ctx.saved_tensors
+    return (scale_gradient(gradient, scale, d_loss, ctx.dtype, 1), *(None,) * 12)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    old_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    max_completion_length: int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+) -> GrpoLoss:
+    """Loss of the GRPO family; formulas at the top of this file. Differentiable in ``logprobs`` only.
+
+    logprobs, old_logprobs (None: the current ones, ratio 1), ref_logprobs (needed with beta > 0): (B, T) bf16, fp16 or fp32, of the
+    completion tokens. advantages: (B) float. mask: (B, T), non-zero where a token counts; values elsewhere may be anything, NaN too.
+    importance_sampling_level "sequence" with loss_type "grpo" is GSPO. max_completion_length: for dr_grpo. num_items_in_batch: for
+    dapo. Returns GrpoLoss, all fp32 scalars, kl and the clipped shares detached. Accumulation fp32; saved for backward: the gradient.
+    No host wait; can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
+    """
+    high = epsilon if epsilon_high is None else epsilon_high
+    _check(logprobs, advantages, mask, old_logprobs, ref_logprobs)
+    _check_options(loss_type, importance_sampling_level, epsilon, high, delta, beta, ref_logprobs, max_completion_length)
+    if choose(OP, logprobs, advantages, mask, old_logprobs, ref_logprobs).backend is Backend.REFERENCE:
+        return reference.grpo_loss(
+            logprobs,
+            advantages,
+            mask,
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            loss_type=loss_type,
+            importance_sampling_level=importance_sampling_level,
+            epsilon=epsilon,
+            epsilon_high=high,
+            delta=delta,
+            beta=beta,
+            max_completion_length=max_completion_length,
+            num_items_in_batch=num_items_in_batch,
+        )
+    items = items_tensor(OP, num_items_in_batch, logprobs.device) if loss_type == "dapo" else None
+    loss, means, _, _ = _forward(
+        logprobs.contiguous(),
+        None if old_logprobs is None else old_logprobs.detach().contiguous(),
+        None if ref_logprobs is None or beta == 0 else ref_logprobs.detach().contiguous(),
+        advantages.detach().contiguous(),
+        mask.contiguous(),
+        items,
+        loss_type,
+        importance_sampling_level == "sequence",
+        1 - epsilon,
+        1 + high,
+        delta,
+        beta,
+        max_completion_length or 0,
+    )
+    return GrpoLoss(loss, *means.detach().unbind())
+
+
+def _check(logprobs, advantages, mask, old, ref):
+    for name, tensor in (("logprobs", logprobs), ("advantages", advantages), ("mask", mask)):
+        check_tensor(OP, name, tensor)
+    check_dtype(OP, "logprobs", logprobs)
+    check_ndim(OP, "logprobs", logprobs, 2)
+    check_dtype(OP, "advantages", advantages)
+    check_shape(OP, "advantages", advantages, (logprobs.shape[0],))
+    check_dtype(OP, "mask", mask, MASKS)
+    check_same_shape(OP, "mask", mask, "logprobs", logprobs)
+    for name, tensor in (("old_logprobs", old), ("ref_logprobs", ref)):
+        if tensor is not None:
+            check_dtype(OP, name, tensor)
+            check_same_shape(OP, name, tensor, "logprobs", logprobs)
+    check_same_device(OP, logprobs=logprobs, advantages=advantages, mask=mask, old_logprobs=old, ref_logprobs=ref)
+
+
+def _check_options(loss_type, level, low, high, delta, beta, ref, max_completion_length):
+    check_choice(OP, "loss_type", loss_type, LOSS_TYPES)
+    check_choice(OP, "importance_sampling_level", level, LEVELS)
+    if not 0 <= low <= 1 or not high >= 0:
+        raise ValueError(f"{OP}: epsilon must be in [0, 1] and epsilon_high not negative; received {low} and {high}")
+    if delta is not None and not delta > 1 + high:
+        raise ValueError(f"{OP}: delta must be above 1 + epsilon_high = {1 + high}; received {delta}")
+    if not beta >= 0:
+        raise ValueError(f"{OP}: beta must not be negative; received {beta}")
+    if beta > 0 and ref is None:
+        raise ValueError(f"{OP}: beta above 0 needs ref_logprobs; received None")
+    if loss_type == "dr_grpo" and not max_completion_length:
+        raise ValueError(f"{OP}: loss_type 'dr_grpo' needs max_completion_length; received {max_completion_length}")

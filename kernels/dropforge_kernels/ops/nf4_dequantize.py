@@ -1,0 +1,186 @@
+"""NF4 weights (4 bits a value, block scales themselves quantised to 8 bits) to bf16, fp16 or fp32, in one launch.
+
+    scale[b] = nested_code[absmax[b]] * nested_absmax[b // nested_blocksize] + nested_offset       (two fp32 roundings)
+    out[i]   = dtype(code[nibble i] * scale[i // blocksize])                                       (one fp32 rounding, one to dtype)
+
+Nibble 2k is the high half of byte k, nibble 2k + 1 the low half. Without nested scales, absmax is fp32 and is the scale. The roundings
+are those of bitsandbytes, in its order (multiply and add are kept apart), so results are bit-identical to its dequantize_4bit.
+Format: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, and the documented fields of bitsandbytes' QuantState.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dropforge_kernels import reference
+from dropforge_kernels.checks import FLOATS, check_dtype, check_same_device, check_tensor
+from dropforge_kernels.dispatch import Backend, choose
+
+OP = "nf4_dequantize"
+TILE_BYTES = 2048
+"""Packed bytes of one program: 4,096 values."""
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    out_ptr,
+    numel,
+    blocks,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """BLOCKS quantisation blocks of BYTES bytes: one scale per row of the tile, four bytes to eight values per thread and row."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block < blocks
+    if NESTED:
+        level = tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32)
+        scale = tl.load(nested_code_ptr + level) * tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=live, other=0.0)
+        scale += tl.load(nested_offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=live, other=0.0)
+    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    both = tl.load(packed_ptr + byte, mask=byte < (numel + 1) // 2, other=0).to(tl.int32)
+    high = tl.load(code_ptr + (both >> 4)) * scale[:, None]
+    low = tl.load(code_ptr + (both & 15)) * scale[:, None]
+    values = tl.reshape(tl.join(high, low), (BLOCKS, 2 * BYTES))
+    at = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < numel)
+
+
+def _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize):
+    numel = out.numel()
+    if numel == 0:
+        return
+    nested = nested_absmax is not None
+    blocks = (numel + blocksize - 1) // blocksize
+    rows = max(1, 2 * TILE_BYTES // blocksize)
+    nf4_dequantize_kernel[((blocks + rows - 1) // rows,)](
+        packed,
+        absmax,
+        code,
+        nested_absmax if nested else absmax,
+        nested_code if nested else absmax,
+        nested_offset if nested else absmax,
+        out,
+        numel,
+        blocks,
+        NESTED=nested,
+        NESTED_BLOCK=nested_blocksize,
+        BYTES=blocksize // 2,
+        BLOCKS=rows,
+        num_warps=4,
+        enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
+    )
+
+
+@torch.library.custom_op("dropforge::nf4_dequantize", mutates_args=("out",))
+def _dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    out: torch.Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+) -> None:
+    _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize)
+
+
+@_dequantize.register_fake
+def _(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize):
+    return None
+
+
+def nf4_dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocksize: int = 64,
+    nested_absmax: torch.Tensor | None = None,
+    nested_code: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    nested_blocksize: int = 256,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dequantises into ``out`` (or a new tensor) and returns it; formula at the top of this file. Not differentiable.
+
+    packed: uint8, ceil(numel / 2) bytes in any shape. absmax: uint8 with the three nested arguments, fp32 without, one per block. code:
+    fp32 (16,). nested_absmax: fp32, one per nested_blocksize blocks; nested_code: fp32 (256,); nested_offset: fp32, one value. All
+    contiguous. In the terms of bitsandbytes' QuantState ``s``: absmax=s.absmax, code=s.code, shape=s.shape, nested_absmax=
+    s.state2.absmax, nested_code=s.state2.code, nested_offset=s.offset, nested_blocksize=s.state2.blocksize.
+    blocksize and nested_blocksize: powers of two. out: contiguous, of ``shape`` and ``dtype``; wholly overwritten, so one scratch buffer
+    serves a model's layers. 64-bit indices: any size. No host wait; can be captured.
+    Raises TypeError and ValueError for wrong dtypes, sizes, devices, strides.
+    """
+    result = torch.empty(tuple(shape), dtype=dtype, device=packed.device) if out is None else out
+    nested = (nested_absmax, nested_code, nested_offset)
+    _check(packed, absmax, code, nested, result, tuple(shape), dtype, blocksize, nested_blocksize)
+    if choose(OP, packed, absmax, code, result).backend is Backend.REFERENCE:
+        return reference.nf4_dequantize(
+            packed,
+            absmax,
+            code,
+            shape=shape,
+            dtype=dtype,
+            blocksize=blocksize,
+            nested_absmax=nested_absmax,
+            nested_code=nested_code,
+            nested_offset=nested_offset,
+            nested_blocksize=nested_blocksize,
+            out=result,
+        )
+    # The dispatcher's Python layers cost the host more than the launch; only torch.compile needs them.
+    run = _dequantize if torch.compiler.is_compiling() else _launch
+    run(packed, absmax, code, *nested, result, blocksize, nested_blocksize)
+    return result
+
+
+def _check(packed, absmax, code, nested, out, shape, dtype, blocksize, nested_blocksize):
+    check_tensor(OP, "packed", packed)
+    check_dtype(OP, "packed", packed, {torch.uint8})
+    check_dtype(OP, "out", out, FLOATS)
+    if out.shape != shape or out.dtype is not dtype:
+        raise ValueError(f"{OP}: out must have shape {shape} and dtype {dtype}; received {tuple(out.shape)} and {out.dtype}")
+    for name, value in (("blocksize", blocksize), ("nested_blocksize", nested_blocksize)):
+        if value < 2 or value & (value - 1):
+            raise ValueError(f"{OP}: {name} must be a power of two of at least 2; received {value}")
+    numel = out.numel()
+    blocks = -(-numel // blocksize)
+    given = [t is not None for t in nested]
+    if any(given) and not all(given):
+        names = "nested_absmax, nested_code and nested_offset"
+        raise ValueError(f"{OP}: {names} must be given together; received {given}")
+    wanted = [("packed", packed, torch.uint8, -(-numel // 2)), ("code", code, torch.float32, 16)]
+    wanted.append(("absmax", absmax, torch.uint8 if all(given) else torch.float32, blocks))
+    if all(given):
+        nested_blocks = -(-blocks // nested_blocksize)
+        names = ("nested_absmax", "nested_code", "nested_offset")
+        sizes = (nested_blocks, 256, 1)
+        wanted += [(n, t, torch.float32, s) for n, t, s in zip(names, nested, sizes, strict=True)]
+    for name, tensor, kind, size in wanted:
+        if tensor.dtype is not kind or tensor.numel() != size:
+            raise ValueError(
+                f"{OP}: {name} must have {size} values of {kind} for shape {shape}; received {tensor.numel()} of {tensor.dtype}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{OP}: {name} must be contiguous; received strides {tensor.stride()}")
+    if not out.is_contiguous():
+        raise ValueError(f"{OP}: out must be contiguous; received strides {out.stride()}")
+    check_same_device(OP, packed=packed, absmax=absmax, code=code, out=out)

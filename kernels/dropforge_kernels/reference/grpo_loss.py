@@ -1,0 +1,77 @@
+"""Losses of the GRPO family from log-probabilities, in plain PyTorch; see ops/grpo_loss.py for the formulas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dropforge_kernels.reference.cross_entropy import widen
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LEVELS = ("token", "sequence")
+EXPONENT_LIMIT = 20.0
+
+
+class GrpoLoss(NamedTuple):
+    """loss: scalar to differentiate. The rest are detached means over the tokens that count: the KL estimate (0 with beta = 0), and the
+    shares of tokens whose ratio was clipped from below (negative advantage) and from above (positive advantage).
+    """
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    old_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    max_completion_length: int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+) -> GrpoLoss:
+    """As ops.grpo_loss."""
+    logp = widen(logprobs)
+    live = mask.bool()
+    zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
+    logp = torch.where(live, logp, zero)  # before any exponential
+    old = logp.detach() if old_logprobs is None else torch.where(live, old_logprobs.to(logp.dtype), zero)
+    advantage = advantages.to(logp.dtype)[:, None]
+    tokens = live.sum(1, keepdim=True).clamp_min(1).to(logp.dtype)
+    log_ratio = logp - old
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / tokens
+    ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
+    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    per_token = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
+    kl = torch.zeros_like(logp)
+    if beta > 0:
+        difference = torch.where(live, ref_logprobs.to(logp.dtype), zero) - logp
+        kl = difference.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp() - difference - 1
+        per_token = per_token + beta * kl
+    per_token = torch.where(live, per_token, zero)
+    counted = live.sum().to(logp.dtype)
+    if loss_type == "grpo":
+        loss = (per_token.sum(1, keepdim=True) / tokens).sum() / max(1, logp.shape[0])
+    elif loss_type == "bnpo":
+        loss = per_token.sum() / counted.clamp_min(1)
+    elif loss_type == "dr_grpo":
+        loss = per_token.sum() / max(1, logp.shape[0] * max_completion_length)
+    else:
+        items = counted if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, dtype=logp.dtype, device=logp.device)
+        loss = per_token.sum() / items.reshape(()).clamp_min(1)
+    share = counted.clamp_min(1)
+    clipped_low = ((ratio < low) & (advantage < 0) & live).sum() / share
+    clipped_high = ((ratio > high) & (advantage > 0) & live).sum() / share
+    return GrpoLoss(loss, (torch.where(live, kl, zero).sum() / share).detach(), clipped_low, clipped_high)

@@ -1,0 +1,103 @@
+"""A runner with a fake job: the real protocol, a training loop of sleeps. Started by tests as a child process.
+
+The job reads its behaviour from the spec's name: `steps-20 delay-50 ...` (letters, digits, dashes, spaces).
+    steps-N        optimizer steps (default 5)
+    delay-MS       per step (default 10)
+    save-N         a checkpoint every N steps (default 2)
+    fail-at-N      raises a DropforgeError at step N
+    crash-at-N     raises an unexpected error at step N
+    segv-at-N      dies of SIGSEGV at step N
+    partial        ends partial
+    disk           fails for lack of disk
+    deaf           ignores SIGTERM
+    child          leaves a grandchild behind that left the session
+    slow-prepare   half a second before training
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from dropforge.checkpoints import CheckpointStore
+from dropforge.daemon import runner
+from dropforge.errors import EnvironmentFault, JobStopped, Reason, TrainingError
+from dropforge.events import RunLog
+from dropforge.files import read_json, write_json, write_text
+from dropforge.paths import DataRoot, RunFolder
+from dropforge.states import State
+from dropforge.stop import StopSignal
+
+
+def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: StopSignal) -> State:
+    words = f"-{read_json(run.path / 'ticket.json')['ticket']['name'].replace(' ', '-')}-"
+
+    def number(word: str, default: int) -> int:
+        found = re.search(rf"-{word}-(\d+)-", words)
+        return int(found[1]) if found else default
+
+    log.state(State.PREPARING, attempt=attempt)
+    if "-deaf-" in words:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "-child-" in words:
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        write_text(run.path / "sleeper", str(sleeper.pid))
+    if "-slow-prepare-" in words:
+        time.sleep(0.5)
+    if "-disk-" in words:
+        raise EnvironmentFault("disk too small", code="disk-too-small", reason=Reason.DISK, fix="free space")
+    stop.raise_if_requested()
+    log.state(State.TRAINING)
+    train(run, log, stop, number)
+    if "-partial-" in words:
+        return State.PARTIAL
+    log.state(State.EXPORTING)
+    write_text(run.path / "final", (run.path / "sum").read_text())
+    return State.SUCCEEDED
+
+
+def train(run: RunFolder, log: RunLog, stop: StopSignal, number) -> None:
+    """`sum` is the model: it depends on every step, so a lost or doubled step shows."""
+    store = CheckpointStore(run.checkpoints)
+    run.checkpoints.mkdir(exist_ok=True)
+    store.clean()
+    newest, _ = store.newest_good()
+    step, value = (newest.step, int((newest.path / "sum").read_text())) if newest else (0, 0)
+    log.event("resumed" if newest else "began", step=step)
+
+    def save() -> None:
+        store.clean()
+        write_text(store.partial / "sum", str(value))
+        store.commit(store.partial, step)
+        log.event("checkpoint", step=step)
+        log.progress(checkpoint_step=step)
+
+    while step < number("steps", 5):
+        if stop.requested:
+            save()
+            raise JobStopped("asked to stop", code="job-stopped", reason=stop.reason)
+        time.sleep(number("delay", 10) / 1000)
+        step += 1
+        value = (value * 31 + step) % 1_000_003
+        log.progress(step=step, total_steps=number("steps", 5), loss=1.0 / step)
+        log.metrics(step=step, loss=1.0 / step)
+        if step == number("fail-at", -1):
+            raise TrainingError("the loss became nan", code="train-nan", reason=Reason.NAN_LOSS, fix="lower the rate")
+        if step == number("crash-at", -1):
+            raise RuntimeError("a bug in the job")
+        if step == number("segv-at", -1):
+            log.flush()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if step % number("save", 2) == 0 or stop.take_checkpoint_request():
+            save()
+    write_json(run.path / "steps.json", step)
+    write_text(run.path / "sum", str(value))
+
+
+if __name__ == "__main__":
+    runner.WARM_MODULES = ()
+    sys.exit(runner.main(job=fake_job))
