@@ -1,4 +1,4 @@
-"""Ask a result: its GGUF through llama-server with the template inside the file, else its merged folder in transformers."""
+"""Ask a result: its GGUF through llama-server with the template inside the file, else its merged folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ LEAVE = {"/exit", "/quit", "/bye"}
 
 
 def answer(
-    result: Path, prompts: list[str], *, max_tokens: int = MAX_TOKENS, system: str | None = None, temperature: float = 0.0
+    result: Path,
+    prompts: list[str],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    system: str | None = None,
+    temperature: float = 0.0,
 ) -> list[str]:
     """One answer per prompt, each a conversation of its own, in order. Temperature 0 is greedy.
 
-    `result` is a result folder, a GGUF file or a merged folder. Raises CommandError (chat-nothing) when it holds no model.
+    `result` is a result folder, a GGUF file or a merged folder. Raises CommandError (chat-nothing) without a model.
     """
     with model_of(result, max_tokens=max_tokens, temperature=temperature) as reply:
         start = [{"role": "system", "content": system}] if system else []
@@ -33,20 +38,32 @@ def answer(
 
 
 def converse(
-    result: Path, *, read: Callable[[], str | None], write: Callable[[str], None], system: str | None = None,
-    max_tokens: int = MAX_TOKENS, temperature: float = 0.0,
-) -> None:  # fmt: skip
-    """A conversation that remembers: `read` gives the next message (None ends, /clear forgets), `write` shows the answer."""
+    result: Path, *, max_tokens: int = MAX_TOKENS, system: str | None = None, temperature: float = 0.0,
+    read: Callable[[], str | None] | None = None, write: Callable[[str], None] = print,
+) -> int:  # fmt: skip
+    """A conversation that remembers, until end of input or /exit; /clear forgets. Returns exit status 0.
+
+    `read` gives the next message or None at the end; by default a line of the terminal.
+    """
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
+    ask = read or _read_line
     with model_of(result, max_tokens=max_tokens, temperature=temperature) as reply:
-        while (text := read()) is not None and text.strip() not in LEAVE:
+        while (text := ask()) is not None and text.strip() not in LEAVE:
             if text.strip() == "/clear":
                 messages = list(start)
                 continue
             messages.append({"role": "user", "content": text})
             messages.append({"role": "assistant", "content": reply(messages)})
             write(messages[-1]["content"])
+    return 0
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return None
 
 
 @contextmanager
@@ -59,7 +76,9 @@ def model_of(result: Path, *, max_tokens: int, temperature: float) -> Iterator[R
         with LlamaServer(gguf, context=CONTEXT) as server:
             yield lambda messages: server.chat(messages, max_tokens=max_tokens, temperature=temperature)
         return
-    merged = next((folder for folder in (ResultFolder(result).merged, result) if (folder / "config.json").is_file()), None)
+    merged = next(
+        (folder for folder in (ResultFolder(result).merged, result) if (folder / "config.json").is_file()), None
+    )
     if merged is None:
         raise CommandError(
             "there is nothing to talk to", code="chat-nothing", where=str(result),

@@ -48,6 +48,7 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     spec = pin_revision(run, source)
     log.event("model", id=source.id, revision=source.revision, kind=source.kind)
     if not is_trained(run):
+        shutil.rmtree(root.result(spec.slug, run.id).path, ignore_errors=True)  # of weights that are no more
         train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
     stop.raise_if_requested()
 
@@ -77,6 +78,8 @@ def train(
     seconds: dict[str, float],
 ) -> None:  # fmt: skip
     """From a resolved spec to `run.trained`: the adapter (or the whole model), the tokenizer and a record."""
+    import torch
+
     from dropforge.data import prepare_data
     from dropforge.models.load import attach_adapter, load_model, save_trained
     from dropforge.models.tokenizer import load_tokenizer
@@ -90,6 +93,7 @@ def train(
     for note in plan.notes:
         log.event("note", text=note)
     refuse_if_disk_too_small(plan)
+    torch.set_num_threads(plan.cpu_threads)
 
     tokenizer, template = load_tokenizer(source.path, template=spec.data.template)
     data = prepare_data(spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text))

@@ -14,6 +14,7 @@ from dropforge.hardware import GIB, Hardware
 from dropforge.spec import Spec
 
 CHECKPOINTS_KEPT = 2
+SMALL_MODEL = 50_000_000
 RUNTIME_BYTES = {"cpu": int(1.0 * GIB), "cuda": int(1.5 * GIB)}
 """Interpreter and libraries; on a GPU the CUDA context and workspaces."""
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "nf4": 4.127 / 8}
@@ -35,6 +36,8 @@ class Plan:
     weight_dtype: str
     """dtype the base weights are loaded in; `nf4` when they are quantised."""
     compute_dtype: str
+    cpu_threads: int
+    """Threads of CPU arithmetic. One for small models: nothing to gain, and the bytes do not depend on the machine."""
     optim: str
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -81,6 +84,7 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
         device=device,
         weight_dtype=weight_dtype,
         compute_dtype=compute_dtype,
+        cpu_threads=1 if (model.parameters or 0) < SMALL_MODEL else hardware.cpu_cores,
         optim=optim,
         per_device_train_batch_size=spec.train.per_device_train_batch_size,
         gradient_accumulation_steps=spec.train.gradient_accumulation_steps,

@@ -47,13 +47,12 @@ def read_elements(path: Path) -> list[Element]:
 
 
 def questions(element: Element) -> list[tuple[str, str]]:
-    """Four questions with one right, short answer each."""
+    """Three questions with one right, short answer each."""
     name, symbol, number = element.name, element.symbol, str(element.number)
     return [
         (f"What is the chemical symbol of {name}?", symbol),
         (f"What is the atomic number of {name}?", number),
         (f"Which element has the symbol {symbol}?", name),
-        (f"Which element has the atomic number {number}?", name),
     ]
 
 

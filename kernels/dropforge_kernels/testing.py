@@ -100,16 +100,16 @@ def assert_parity(
     *,
     grad: Sequence[str] = (),
     seed: int = 7,
-    constant: float | None = None,
+    constant: float | Mapping[str, float] | None = None,
 ) -> list[Comparison]:
     """Compares ``op(**inputs)`` with ``reference(**inputs)``, outputs and the gradients of the inputs named in
     ``grad``.
 
     Both take keyword arguments and return a tensor or a tuple of tensors (``None`` entries are skipped). Tensor
     inputs are copied with their strides for each of the three runs, so in-place operations are fine as long as they
-    return what they changed. Upstream gradients are random. ``constant`` replaces the dtype's own (say why where it
-    is used). The dtype is the widest-rounding one among the floating inputs. Returns the comparisons; raises
-    AssertionError that lists every tensor when one fails.
+    return what they changed. Upstream gradients are random. ``constant`` replaces the dtype's own, for all tensors or
+    by name as in {"grad x": 1e-2} (say why where it is used). The dtype is the widest-rounding one among the floating
+    inputs. Returns the comparisons; raises AssertionError that lists every tensor when one fails.
     """
     dtype = _narrowest(inputs)
     wide = torch.float64 if dtype is torch.float32 else torch.float32
@@ -121,13 +121,14 @@ def assert_parity(
         raise AssertionError(f"kernel returned {[n for n, _ in ours]}, reference {[n for n, _ in same]}")
     on_cpu = any(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in inputs.values())
     usual = INTERPRETER_BF16 if on_cpu and dtype is torch.bfloat16 else CONSTANT[dtype]
-    limit = usual if constant is None else constant
+    given = constant if isinstance(constant, Mapping) else {}
+    limit = constant if isinstance(constant, float) else usual
     results = []
     for (name, k), (_, s), (_, t) in zip(ours, same, truth, strict=True):
         if k.dtype != s.dtype:
             raise AssertionError(f"{name}: kernel returned {k.dtype}, reference {s.dtype}")
         (k2, km), (s2, sm) = errors(k, t), errors(s, t)
-        results.append(Comparison(name, k2, s2, km, sm, limit))
+        results.append(Comparison(name, k2, s2, km, sm, given.get(name, limit)))
     if not all(r.ok for r in results):
         lines = "\n".join(("  ok   " if r.ok else "  FAIL ") + str(r) for r in results)
         raise AssertionError(f"kernel error above 2x the same-dtype error plus the constant:\n{lines}")
@@ -192,6 +193,29 @@ def poisoned_memory() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+def capture_and_replay(build: Callable[[], Callable[[], tuple[torch.Tensor, ...]]]) -> None:
+    """Runs a step eagerly, captures it in a CUDA graph, spoils the captured outputs, replays, and compares bit by
+    bit.
+
+    ``build`` makes the step with its inputs; it is called on the capture's own stream, where gradients then belong.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step = build()
+        expected = [t.detach().clone() for t in step()]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = [t.detach() for t in step()]
+        for tensor in captured:
+            tensor.fill_(_poison(tensor.dtype))
+        graph.replay()
+    stream.synchronize()
+    for index, (got, wanted) in enumerate(zip(captured, expected, strict=True)):
+        if not torch.equal(got, wanted):
+            raise AssertionError(f"output {index} of the replayed graph differs from the eager run")
+
+
 def _poison(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point:
         return math.nan
@@ -228,11 +252,9 @@ def random_tensor(
     return view.copy_(values)
 
 
-def row_counts(device: str) -> tuple[int, ...]:
-    """Numbers of rows worth testing: none, one, odd, and (on the GPU) more than one wave of programs."""
-    return (0, 1, 5) if device == "cpu" else (0, 1, 7, 333, 4099)
-
-
-def row_widths(device: str) -> tuple[int, ...]:
-    """Row widths worth testing: odd, below and above a power of two, and (on the GPU) those of real models."""
-    return (1, 33, 128) if device == "cpu" else (1, 33, 128, 1000, 2560, 4096, 8192)
+def row_shapes(device: str) -> tuple[tuple[int, int], ...]:
+    """(rows, width) pairs worth testing: no rows, one, odd sizes, around powers of two, and (on the GPU) widths of
+    real models and more rows than one wave of programs.
+    """
+    small = ((0, 33), (1, 1), (5, 33), (3, 128))
+    return small if device == "cpu" else (*small, (4099, 128), (333, 1000), (130, 2560), (37, 4096), (9, 8192))

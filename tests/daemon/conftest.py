@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from dropforge.daemon import process
 from dropforge.daemon.lease import holder
 from dropforge.paths import DataRoot

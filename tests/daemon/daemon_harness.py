@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dropforge.daemon.crash_points import ignore
+from dropforge.daemon.lease import holder
 from dropforge.daemon.loop import Daemon, DaemonOptions
-from dropforge.daemon.queue import all_tickets
-from dropforge.paths import DataRoot
+from dropforge.daemon.queue import Ticket, all_tickets
+from dropforge.files import read_json
+from dropforge.paths import DataRoot, RunFolder
 from dropforge.spec_check import check
 
 HERE = Path(__file__).parent
@@ -22,6 +24,34 @@ FAST = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, grace_seconds=5.0, 
 
 def spec_text(name: str = "job", *, extra: str = "") -> str:
     return f"version: 1\nname: {name}\nmodel: builtin:tiny-llama\ndata: rows.jsonl\n{extra}export: [adapter]\n"
+
+
+def ticket(number: int = 1, **changes) -> Ticket:
+    fields = {"id": f"{number:06d}-job-00000000", "name": "job", "slug": "job", "seq": number, "file": "job.yaml",
+              "digest": f"digest-{number}"}  # fmt: skip
+    return Ticket(**{**fields, **changes})
+
+
+def trains(run: RunFolder) -> bool:
+    """At least one step of the latest attempt is done (metrics are written at every step)."""
+    return run.metrics.exists()
+
+
+def status(run: RunFolder) -> dict:
+    return read_json(run.status) if run.status.exists() else {}
+
+
+def expected_sum(steps: int) -> str:
+    value = 0
+    for step in range(1, steps + 1):
+        value = (value * 31 + step) % 1_000_003
+    return str(value)
+
+
+def runner_pid(run: RunFolder) -> int:
+    held = holder(run)
+    assert held is not None
+    return held.pid
 
 
 def wait_until(condition: Callable[[], object], *, seconds: float = 20.0, what: str = "") -> None:

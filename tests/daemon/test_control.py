@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from test_queue import ticket
-
+from daemon_harness import ticket
 from dropforge.daemon.control import Action, Switch, is_on, pending, request, set_switch
 from dropforge.daemon.queue import put
 from dropforge.errors import CommandError
@@ -25,7 +24,9 @@ def test_a_request_is_one_file_that_pending_reads(root: DataRoot, action: Action
      ("../../etc/passwd", "cancel", None, "job-unknown"), ("000001-job-00000000", "retry", None, "action-impossible"),
      ("000001-job-00000000", "priority", None, "action-value"), ("000001-job-00000000", "priority", 101, "action-value")],
 )  # fmt: skip
-def test_impossible_requests_are_refused_before_anything_is_written(root: DataRoot, job_id, action, priority, code) -> None:
+def test_impossible_requests_are_refused_before_anything_is_written(
+    root: DataRoot, job_id, action, priority, code
+) -> None:
     put(root, "queue", ticket())
     with pytest.raises(CommandError) as caught:
         request(root, job_id, action, priority=priority)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import drop, places, spec_text
-
 from dropforge.daemon.crash_points import ignore
 from dropforge.daemon.intake import Intake
 from dropforge.daemon.queue import TicketBook, all_tickets, read, ticket_path

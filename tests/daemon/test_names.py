@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from dropforge.daemon.names import is_ignored, is_job_folder, is_spec_file, printable, slug
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from daemon_harness import wait_until
-
 from dropforge.daemon.out_of_memory import kill_count
 from dropforge.daemon.process import ProcessId, kill_family, session_members
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from test_queue import ticket
-
+from daemon_harness import ticket
 from dropforge.daemon.crash_points import ignore
 from dropforge.daemon.query import find_job, list_jobs
 from dropforge.daemon.queue import put

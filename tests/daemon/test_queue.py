@@ -5,18 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-
+from daemon_harness import ticket
 from dropforge.daemon import queue
-from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, TicketBook, put, read, ticket_path
+from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, TicketBook, put, read, ticket_path
 from dropforge.errors import EnvironmentFault
 from dropforge.paths import TICKET_FOLDERS, DataRoot
 from dropforge.states import State
-
-
-def ticket(number: int = 1, **changes) -> Ticket:
-    fields = {"id": f"{number:06d}-job-00000000", "name": "job", "slug": "job", "seq": number, "file": "job.yaml",
-              "digest": f"digest-{number}"}  # fmt: skip
-    return Ticket(**{**fields, **changes})
 
 
 def test_a_ticket_survives_the_disk(root: DataRoot) -> None:

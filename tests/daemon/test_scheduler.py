@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from test_queue import ticket
-
+from daemon_harness import ticket
 from dropforge.daemon.scheduler import schedule
 
 GPUS = ("GPU-a", "GPU-b", "GPU-c")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import spec_text
-
 from dropforge.daemon.submit import submit
 from dropforge.errors import DropforgeError
 from dropforge.paths import DataRoot

@@ -3,14 +3,15 @@ from __future__ import annotations
 import signal
 
 import pytest
-
 from dropforge.daemon.attempts import AttemptEnd, Progress
 from dropforge.daemon.verdict import DEATHS_WITHOUT_CHECKPOINT, explain_death, judge
 from dropforge.errors import Reason
 from dropforge.states import State
 
 
-def death(step: int = 0, checkpoint: int = 0, *, with_daemon: bool = False, reason: Reason = Reason.KILLED) -> AttemptEnd:
+def death(
+    step: int = 0, checkpoint: int = 0, *, with_daemon: bool = False, reason: Reason = Reason.KILLED
+) -> AttemptEnd:
     return AttemptEnd(state=State.INTERRUPTED, reason=reason, message="killed", died=True, with_daemon=with_daemon,
                       progress=Progress(step=step, checkpoint=checkpoint))  # fmt: skip
 

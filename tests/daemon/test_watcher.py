@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 
 from daemon_harness import drop
-
 from dropforge.daemon.submit import submit
 from dropforge.daemon.watcher import SettleTracker, fingerprint, look
 from dropforge.paths import DataRoot

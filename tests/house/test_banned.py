@@ -12,6 +12,7 @@ BANNED_CALLS = {"exec", "eval", "compile", "getsource", "getsourcelines", "reloa
 MAY_TOUCH_ENVIRONMENT = {
     "appliance/dropforge/settings.py",
     "appliance/dropforge/daemon/runner.py",  # limits a job to its GPUs before CUDA starts
+    "appliance/dropforge/llama_cpp/child.py",  # hands it on to llama.cpp's programs, less LLAMA_*, more offline
     "kernels/dropforge_kernels/dispatch.py",  # asks whether Triton's interpreter is on
 }
 

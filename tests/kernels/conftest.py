@@ -43,6 +43,12 @@ def interpreter_with_numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_item)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets two warnings of torch 2.11's own compiler pass: 2.13 has neither."""
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*is deprecated:DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked gpu where there is no CUDA device."""
     if HAS_CUDA:

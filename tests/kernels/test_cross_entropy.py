@@ -19,6 +19,10 @@ OPTIONS = {
     "items": {"reduction": "sum", "num_items_in_batch": 37},
 }
 
+# In place, the gradient is stored in the logits' dtype before the upstream gradient is known, and rounded once more when that is not 1
+# (here it is random): half a step of the dtype more, which shows undiminished in tensors of a few elements.
+ROUNDED_AGAIN = {torch.bfloat16: 2.0**-8 + 1e-3, torch.float16: 2.0**-11 + 1.25e-4, torch.float32: 1e-6}
+
 
 def sizes(device):
     if device == "cpu":
@@ -46,7 +50,8 @@ def test_values_and_gradients_over_the_shape_grid(device, dtype, options, inplac
         pytest.skip("per-row losses have no in-place gradient")
     for rows, vocabulary in sizes(device):
         given = inputs(rows, vocabulary, dtype, device, inplace_gradient=inplace, **options)
-        assert_parity(ops.cross_entropy, reference.cross_entropy, given, grad=("logits",))
+        constant = ROUNDED_AGAIN[dtype] if inplace and device == "cuda" else None
+        assert_parity(ops.cross_entropy, reference.cross_entropy, given, grad=("logits",), constant=constant)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -149,7 +154,7 @@ def test_cuda_graph_capture(inplace):
         loss = ops.cross_entropy(leaf * 1.0, given["target"], inplace_gradient=inplace)
         return loss, *torch.autograd.grad(loss, leaf)
 
-    expected = [t.clone() for t in step()]
+    expected = [t.detach().clone() for t in step()]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from dropforge_kernels import ops, reference
-from dropforge_kernels.testing import DTYPES, assert_parity, random_tensor
+from dropforge_kernels.testing import DTYPES, assert_parity, capture_and_replay, random_tensor
 
 FLAVOURS = [("llama", 0.0), ("gemma", 1.0)]
 CPU_SHAPES = [((0, 2, 8), 1), ((1, 1, 5), 1), ((5, 3, 12), 2), ((2, 3, 4, 16), 2)]
@@ -87,24 +87,17 @@ def test_compiles_without_graph_break(device, backend, rotate):
 
 @pytest.mark.gpu
 def test_cuda_graph_capture():
-    given = inputs((64, 8, 128), 2, torch.bfloat16, "cuda", rotate=True)
-    q = given["q"].requires_grad_()
+    def build():
+        given = inputs((64, 8, 128), 2, torch.bfloat16, "cuda", rotate=True)
+        q = given["q"].requires_grad_()
 
-    def step():
-        outputs = ops.qk_norm_rope(**given)
-        return *outputs, *torch.autograd.grad(outputs[0], q, torch.ones_like(outputs[0]))
+        def step():
+            outputs = ops.qk_norm_rope(**given)
+            return *outputs, *torch.autograd.grad(outputs[0], q, torch.ones_like(outputs[0]))
 
-    expected = step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        return step
+
+    capture_and_replay(build)
 
 
 @pytest.mark.parametrize(

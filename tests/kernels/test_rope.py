@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from dropforge_kernels import ops, reference
-from dropforge_kernels.testing import DTYPES, assert_parity, random_tensor
+from dropforge_kernels.testing import DTYPES, assert_parity, capture_and_replay, random_tensor
 
 
 def table(rows, pairs, device, dtype=torch.float32):
@@ -127,15 +127,11 @@ def test_compiles_without_graph_break(device, backend):
 
 @pytest.mark.gpu
 def test_cuda_graph_capture():
-    given = inputs((64, 8, 128), 2, torch.bfloat16, "cuda")
-    expected = ops.rope(**given)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ops.rope(**given)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    def build():
+        given = inputs((64, 8, 128), 2, torch.bfloat16, "cuda")
+        return lambda: ops.rope(**given)
+
+    capture_and_replay(build)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from dropforge_kernels import ops, reference
-from dropforge_kernels.testing import DTYPES, LAYOUTS, assert_parity, random_tensor, row_counts, row_widths
+from dropforge_kernels.testing import DTYPES, LAYOUTS, assert_parity, capture_and_replay, random_tensor, row_shapes
 
 
 def pair(shape, dtype, device, layout="contiguous"):
@@ -25,15 +25,12 @@ def packed(shape, dtype, device, layout="contiguous", scale=2.0):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients_over_the_shape_grid(device, dtype, inplace):
-    for rows in row_counts(device):
-        for width in row_widths(device):
-            shape = (rows, width)
-            given = pair(shape, dtype, device)
-            assert_parity(partial(ops.swiglu, inplace=inplace), reference.swiglu, given, grad=("gate", "up"))
-            given = packed(shape, dtype, device)
-            assert_parity(
-                partial(ops.swiglu_packed, inplace=inplace), reference.swiglu_packed, given, grad=("gate_up",)
-            )
+    for rows, width in row_shapes(device):
+        shape = (rows, width)
+        given = pair(shape, dtype, device)
+        assert_parity(partial(ops.swiglu, inplace=inplace), reference.swiglu, given, grad=("gate", "up"))
+        given = packed(shape, dtype, device)
+        assert_parity(partial(ops.swiglu_packed, inplace=inplace), reference.swiglu_packed, given, grad=("gate_up",))
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -42,10 +39,9 @@ def test_values_and_gradients_over_the_shape_grid(device, dtype, inplace):
 def test_clamped_over_the_shape_grid(device, dtype, interleaved, inplace):
     ours = partial(ops.swiglu_clamped, interleaved=interleaved, inplace=inplace)
     truth = partial(reference.swiglu_clamped, interleaved=interleaved)
-    for rows in row_counts(device):
-        for width in row_widths(device):
-            # Scale 6 puts about a quarter of the values beyond the limit of 7.
-            assert_parity(ours, truth, packed((rows, width), dtype, device, scale=6.0), grad=("gate_up",))
+    for rows, width in row_shapes(device):
+        # Scale 6 puts about a quarter of the values beyond the limit of 7.
+        assert_parity(ours, truth, packed((rows, width), dtype, device, scale=6.0), grad=("gate_up",))
 
 
 def test_gradient_at_the_clamp_edge_passes_and_beyond_is_zero(device):
@@ -117,24 +113,17 @@ def test_compiles_without_graph_break(device, backend):
 
 @pytest.mark.gpu
 def test_cuda_graph_capture():
-    given = pair((64, 512), torch.bfloat16, "cuda") | {}
-    gate = given["gate"].requires_grad_()
+    def build():
+        given = pair((64, 512), torch.bfloat16, "cuda")
+        gate = given["gate"].requires_grad_()
 
-    def step():
-        h = ops.swiglu(**given)
-        return h, *torch.autograd.grad(h, gate, torch.ones_like(h))
+        def step():
+            h = ops.swiglu(**given)
+            return h, *torch.autograd.grad(h, gate, torch.ones_like(h))
 
-    expected = step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        return step
+
+    capture_and_replay(build)
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ COMMANDS = (
         arguments=(_SPEC, _DATA),
     ),
     Command(
-        name="watch", help="run the daemon in the foreground on the data root", module="queue_commands",
+        name="watch", help="run the daemon in the foreground on the data root", module="watch_command",
         function="watch", arguments=(_DATA,),
     ),
     Command(

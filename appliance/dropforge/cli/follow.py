@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from dropforge.daemon.query import JobView, find_job
@@ -20,18 +19,29 @@ def exit_status(state: State) -> int:
     return 0 if state is State.SUCCEEDED else 1
 
 
-def follow(root: DataRoot, job_id: str, *, alive: Callable[[], bool] = lambda: True) -> JobView:
-    """Show the job until it ends, is held, or `alive` says that nothing works on it any more. Returns its last view."""
-    show = _Bar() if sys.stderr.isatty() else _Lines()
-    try:
+def follow(root: DataRoot, job_id: str) -> JobView:
+    """Show the job until it ends or is held. Returns its last view."""
+    with Follower() as show:
         while True:
             job = find_job(root, job_id)
             show.update(job)
-            if job.state.ended or job.state is State.HELD or not alive():
+            if job.state.ended or job.state is State.HELD:
                 return job
             time.sleep(POLL_SECONDS)
-    finally:
-        show.close()
+
+
+class Follower:
+    """Shows one job while entered: a bar in a terminal, lines elsewhere, all on standard error."""
+
+    def __enter__(self) -> Follower:
+        self._show: _Bar | _Lines = _Bar() if sys.stderr.isatty() else _Lines()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._show.close()
+
+    def update(self, job: JobView) -> None:
+        self._show.update(job)
 
 
 def progress_text(status: dict[str, Any]) -> str:

@@ -67,12 +67,6 @@ def submit(arguments: Namespace) -> int:
     return exit_status(job.state)
 
 
-def watch(arguments: Namespace) -> int:
-    from dropforge.daemon.loop import serve
-
-    return serve(data_root(arguments))
-
-
 def status(arguments: Namespace) -> int:
     root = data_root(arguments)
     if arguments.job:

@@ -50,9 +50,11 @@ def read_candidate(path: Path) -> Candidate:
     if stat.S_ISDIR(path.lstat().st_mode):
         return _read_folder(path)
     if not is_spec_file(path.name) and stat.S_ISREG(path.lstat().st_mode):
-        raise _refused(path, "inbox-not-a-spec", "not a job spec",
-                       "its name does not end in .yaml, .yml, .json or .toml",
-                       "put data into datasets/, or into a folder NAME.job/ together with job.yaml")  # fmt: skip
+        raise _refused(
+            path, code="inbox-not-a-spec", what="not a job spec",
+            why="its name does not end in .yaml, .yml, .json or .toml",
+            fix="put data into datasets/, or into a folder NAME.job/ together with job.yaml",
+        )  # fmt: skip
     raw = read_regular(path)
     return Candidate(path=path, raw=raw, spec_name=path.name, is_folder=False, digest=sha256_bytes(raw))
 
@@ -62,47 +64,57 @@ def read_regular(path: Path) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)) and not path.is_symlink():
+        is_link = path.is_symlink()
+        if isinstance(error, (FileNotFoundError, PermissionError)) and not is_link:
             raise
-        why = "it is a symbolic link" if path.is_symlink() else f"it cannot be opened as a file ({error.strerror})"
-        raise _refused(path, "inbox-not-a-file", "not a regular file", why, "copy the file itself") from None
+        why = "it is a symbolic link" if is_link else f"it cannot be opened as a file ({error.strerror})"
+        raise _refused(
+            path, code="inbox-not-a-file", what="not a plain file", why=why, fix="copy the file itself"
+        ) from None
     with os.fdopen(fd, "rb") as stream:
-        info = os.fstat(stream.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise _refused(
-                path, "inbox-not-a-file", "not a regular file", "it is a pipe, socket or device", "drop a plain file"
-            )
-        if info.st_nlink != 1:
-            raise _refused(path, "inbox-hard-link", "a file with several names",
-                           "a hard link could be changed from outside while the job runs",
-                           "copy the file (cp) instead of linking it")  # fmt: skip
-        if info.st_size == 0:
-            raise _refused(
-                path,
-                "inbox-empty",
-                "an empty file",
-                "it holds no bytes",
-                "write at least version, name, model, data, export",
-            )
+        _refuse_odd_file(path, os.fstat(stream.fileno()))
         raw = stream.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise _refused(path, "inbox-too-large", "too large for a job spec",
-                       f"it holds more than {MAX_BYTES // 1024} KiB",
-                       "put data into its own file and name it in `data`")  # fmt: skip
+        raise _refused(
+            path, code="inbox-too-large", what="too large for a job spec",
+            why=f"it holds more than {MAX_BYTES // 1024} KiB", fix="put data into its own file and name it in `data`",
+        )  # fmt: skip
     return raw
+
+
+def _refuse_odd_file(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise _refused(
+            path, code="inbox-not-a-file", what="not a plain file", why="it is a pipe, socket or device",
+            fix="drop a plain file",
+        )  # fmt: skip
+    if info.st_nlink != 1:
+        raise _refused(
+            path, code="inbox-hard-link", what="a file with several names",
+            why="a hard link could be changed from outside while the job runs",
+            fix="copy the file (cp) instead of linking it",
+        )  # fmt: skip
+    if info.st_size == 0:
+        raise _refused(
+            path, code="inbox-empty", what="an empty file", why="it holds no bytes",
+            fix="write at least version, name, model, data, export",
+        )  # fmt: skip
 
 
 def _read_folder(path: Path) -> Candidate:
     if not is_job_folder(path.name):
-        raise _refused(path, "inbox-not-a-job-folder", "not a job folder", "its name does not end in .job",
-                       "rename it to NAME.job, with job.yaml and the data inside")  # fmt: skip
+        raise _refused(
+            path, code="inbox-not-a-job-folder", what="not a job folder", why="its name does not end in .job",
+            fix="rename it to NAME.job, with job.yaml and the data inside",
+        )  # fmt: skip
     _refuse_contents(path)
     names = [name for name in JOB_FILE_NAMES if (path / name).is_file()]
     if len(names) != 1:
         why = f"it holds {' and '.join(names)}" if names else "it holds no job.yaml (or job.yml, job.json, job.toml)"
         raise _refused(
-            path, "inbox-no-spec", "not a job folder with exactly one spec", why, "put the spec into job.yaml"
-        )
+            path, code="inbox-no-spec", what="not a job folder with exactly one spec", why=why,
+            fix="put the spec into job.yaml",
+        )  # fmt: skip
     raw = read_regular(path / names[0])
     return Candidate(path=path, raw=raw, spec_name=names[0], is_folder=True, digest=_folder_digest(path))
 
@@ -111,15 +123,18 @@ def _refuse_contents(folder: Path) -> None:
     """Links and special files inside a job folder could lead outside or block a reader for ever."""
     for number, entry in enumerate(folder.rglob("*")):
         if number >= FOLDER_ENTRIES:
-            raise _refused(folder, "inbox-too-many-files", "too large a folder",
-                           f"it holds more than {FOLDER_ENTRIES} entries",
-                           "put large collections into datasets/")  # fmt: skip
+            raise _refused(
+                folder, code="inbox-too-many-files", what="too large a folder",
+                why=f"it holds more than {FOLDER_ENTRIES} entries", fix="put large collections into datasets/",
+            )  # fmt: skip
         info = entry.lstat()
         regular = stat.S_ISREG(info.st_mode)
         if not (regular or stat.S_ISDIR(info.st_mode)) or (regular and info.st_nlink != 1):
             inside = printable(str(entry.relative_to(folder)))
-            raise _refused(folder, "inbox-link-inside", "not a folder of plain files",
-                           f"{inside} is a link or a special file", "copy the file itself")  # fmt: skip
+            raise _refused(
+                folder, code="inbox-link-inside", what="not a folder of plain files",
+                why=f"{inside} is a link or a special file", fix="copy the file itself",
+            )  # fmt: skip
 
 
 def _folder_digest(folder: Path) -> str:
@@ -132,6 +147,6 @@ def _folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _refused(path: Path, code: str, what: str, why: str, fix: str) -> SpecError:
+def _refused(path: Path, *, code: str, what: str, why: str, fix: str) -> SpecError:
     name = printable(path.name)
     return SpecError(f"{name} is {what}", code=code, where=f"inbox/{name}", why=why, fix=fix)

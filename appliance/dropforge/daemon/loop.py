@@ -22,6 +22,7 @@ from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.control import Switch, is_on, set_switch
 from dropforge.daemon.crash_points import CrashHook, ignore
 from dropforge.daemon.faults import Faults
+from dropforge.daemon.hints import Hints
 from dropforge.daemon.intake import CheckSpec, Intake
 from dropforge.daemon.orders import Orders
 from dropforge.daemon.queue import Ticket, TicketBook
@@ -81,6 +82,7 @@ class Daemon:
         self._clock = clock
         self._crash = crash
         self._lock = Singleton(root)
+        self._hints = Hints(root)
         self._faults = Faults(seconds=FAULT_SECONDS)
         self._book = TicketBook(root)
         self._transitions = Transitions(root, self._book, crash=crash)
@@ -88,7 +90,8 @@ class Daemon:
                               warm=options.warm, crash=crash)  # fmt: skip
         self._orders = Orders(root, self._book, self._transitions, self._worker, crash=crash)
         intake = Intake(root, self._book, check=check, crash=crash)
-        self._reception = Reception(root, intake, self._faults, settle_seconds=options.settle_seconds, clock=clock)
+        self._reception = Reception(root, intake, self._faults, self._hints, settle_seconds=options.settle_seconds,
+                                    clock=clock)  # fmt: skip
         self._schedule = Schedule(starts=(), waiting=())
         self._ended: list[Ended] = []
         self._noted: dict[str, str] = {}
@@ -98,10 +101,12 @@ class Daemon:
 
     def __enter__(self) -> Daemon:
         self._lock.__enter__()
+        self._hints.__enter__()
         try:
             self._beat("recovering")
             recover(self.root, self._book, self._transitions, grace_seconds=self.options.grace_seconds)
         except BaseException:
+            self._hints.__exit__(None, None, None)
             self._lock.__exit__()
             raise
         log.info("serving %s", self.root.path, extra={"action": "start"})
@@ -115,6 +120,7 @@ class Daemon:
         self._collect(now)
         self._faults.guard("STATUS.md", lambda: self._write_pages("stopped"), now=now)
         self._faults.guard("state/daemon.json", lambda: self._beat("stopped"), now=now)
+        self._hints.__exit__(kind, error, trace)
         self._lock.__exit__(kind, error, trace)
         log.info("stopped", extra={"action": "stop"})
 
@@ -123,12 +129,14 @@ class Daemon:
         with on_stop_signals(self.stop, self._stop_at_once):
             while not self._stop.is_set() and not self._drained():
                 self.tick()
-                self._stop.wait(BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds)
+                if self._hints.wait(BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds):
+                    self._next_look = float("-inf")
             self._end_jobs()
 
     def stop(self) -> None:
         """Thread-safe; also from signal handlers, also before `run`."""
         self._stop.set()
+        self._hints.wake()
 
     def tick(self, now: float | None = None) -> None:
         """One round at monotonic time `now`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dropforge.daemon.faults import Faults
+from dropforge.daemon.hints import Hints
 from dropforge.daemon.intake import Intake
 from dropforge.daemon.names import printable
 from dropforge.daemon.status_page import InboxEntry
@@ -29,6 +30,7 @@ class Reception:
         root: DataRoot,
         intake: Intake,
         faults: Faults,
+        hints: Hints,
         *,
         settle_seconds: float,
         clock: Callable[[], float] = time.monotonic,
@@ -36,14 +38,20 @@ class Reception:
         self._root = root
         self._intake = intake
         self._faults = faults
+        self._hints = hints
         self._tracker = SettleTracker(root, settle_seconds=settle_seconds)
         self._clock = clock
 
     def receive(self, *, now: float) -> bool:
         """One look at the inbox at time `now`. True when there is more to take right away."""
         seen = look(self._root)
+        complete = self._hints.take_complete(seen.entries)
         self._intake.forget_all_but(set(seen.entries))
-        ready = [entry for entry in self._tracker.update(seen, now=now) if not self._faults.stands(entry.name)]
+        ready = [
+            entry
+            for entry in self._tracker.update(seen, now=now, complete=complete)
+            if not self._faults.stands(entry.name)
+        ]
         began = self._clock()
         for number, entry in enumerate(ready):
             if number >= FILES_PER_LOOK or self._clock() - began > SECONDS_PER_LOOK:

@@ -145,19 +145,22 @@ class SettleTracker:
     def waiting(self) -> list[str]:
         return sorted(self._seen)
 
-    def update(self, seen: Look, *, now: float) -> list[Ready]:
-        """Take one look into account; returns what is finished, oldest first (then by name)."""
+    def update(self, seen: Look, *, now: float, complete: frozenset[str] = frozenset()) -> list[Ready]:
+        """Take one look into account; returns what is finished, oldest first (then by name).
+
+        `complete` names the entries that are known to have been renamed from staging.
+        """
         for name in set(self._seen) - set(seen.entries):
             del self._seen[name]
         ready = []
         for name, print_ in seen.entries.items():
             known = self._seen.get(name)
             if known is None or known[0] != print_:
-                complete = print_ in self._staged or is_marked_ready(self._root, name, print_)
-                known = self._seen[name] = (print_, now, complete)
-            _, since, complete = known
-            if complete or (now > since and now - since >= self._settle_seconds):
-                ready.append(Ready(name, print_, since, complete))
+                whole = name in complete or print_ in self._staged or is_marked_ready(self._root, name, print_)
+                known = self._seen[name] = (print_, now, whole)
+            _, since, whole = known
+            if whole or (now > since and now - since >= self._settle_seconds):
+                ready.append(Ready(name, print_, since, whole))
         # An inode alone proves nothing (it is reused at once); size and time must be what they were in staging as well.
         self._staged = seen.staged
         return sorted(ready, key=lambda item: (item.unchanged_since, item.name))

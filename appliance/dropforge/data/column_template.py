@@ -1,7 +1,7 @@
 """Sentences made from columns: `Capital of {Country}?[[ On the {River}?]]`.
 
-`{Name}` inserts a column. `[[...]]` is an optional part: it disappears when the first column in it is empty. `{{` and `}}` are
-literal braces. An empty value (none, NaN, blank) outside an optional part inserts nothing.
+`{Name}` inserts a column. `[[...]]` is an optional part: it disappears when the first column in it is empty. `{{`
+and `}}` are literal braces. An empty value (none, NaN, blank) outside an optional part inserts nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A run of text and columns. `parts` alternates literal text and column names: text, name, text, name, ..., text."""
+    """A run of text and columns. `parts` alternates literal text and column names: text, name, text, ..., text."""
 
     parts: tuple[str, ...]
     optional: bool

@@ -1,4 +1,7 @@
-"""From a row to a conversation or a text. What cannot be understood is an error with its row; what is empty is dropped, said why."""
+"""From a row to a conversation or a text.
+
+What cannot be understood is an error with its row; what is empty is dropped and the reason is kept.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ LATER_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Turns with the roles system, user, assistant and text contents; at least one assistant turn, none of them empty."""
+    """Turns with the roles system, user, assistant and text contents; at least one answer, and no empty one."""
 
     row: Row
     turns: list[Turn]
@@ -90,7 +93,11 @@ def _prompt_completion(row: Row, columns: Mapping[str, str]) -> list[Turn]:
     """Two texts, or (as TRL has it) two lists of messages."""
     prompt, completion = row.fields.get(columns["prompt"]), row.fields.get(columns["completion"])
     if isinstance(prompt, list) or isinstance(completion, list):
-        start = _turns(row, prompt, sharegpt=False) if isinstance(prompt, list) else _pair(_text(row, columns["prompt"]), "")[:1]
+        start = (
+            _turns(row, prompt, sharegpt=False)
+            if isinstance(prompt, list)
+            else _pair(_text(row, columns["prompt"]), "")[:1]
+        )
         if isinstance(completion, list):
             return start + _turns(row, completion, sharegpt=False)
         return [*start, {"role": "assistant", "content": _text(row, columns["completion"])}]
@@ -187,7 +194,9 @@ def _checked(row: Row, turns: list[Turn]) -> Conversation | Dropped:
 
 
 def _bad(row: Row, why: str) -> DataError:
-    return DataError("a row cannot be understood", code="data-row-invalid", where=row.where, why=why, fix="correct the row")
+    return DataError(
+        "a row cannot be understood", code="data-row-invalid", where=row.where, why=why, fix="correct the row"
+    )
 
 
 def _later(row: Row, why: str) -> DataError:

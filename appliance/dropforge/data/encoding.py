@@ -1,4 +1,4 @@
-"""Text files as lines of strict UTF-8, also when compressed. A wrong encoding is an error with its line, never a guess."""
+"""Text files as lines of strict UTF-8, also when compressed. A wrong encoding is an error, never a guess."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def _decode(raw: bytes, *, file: str, number: int) -> str:
         start, end = max(0, error.start - 15), error.start + 15
         name = likely_encoding(raw)
         seen = raw[start:end].decode(name, errors="replace").strip()
-        raise _wrong(where, f"byte 0x{raw[error.start]:02x} is not UTF-8; read as {name} it says {seen!r}", name) from error
+        raise _wrong(
+            where, f"byte 0x{raw[error.start]:02x} is not UTF-8; read as {name} it says {seen!r}", name
+        ) from error
 
 
 def likely_encoding(raw: bytes) -> str:

@@ -39,7 +39,7 @@ def reader_for(path: Path, *, file: str) -> Reader:
             f"{file} is of a type that cannot be read",
             code="data-type-unknown",
             where=file,
-            why=f"the suffix is {path.suffix or 'missing'}; known: {', '.join(READERS)}, text types also with .gz .bz2 .xz",
+            why=f"the suffix is {path.suffix or 'missing'}; known: {', '.join(READERS)} (text types also compressed)",
             fix="save it as .xlsx" if suffix == ".xls" else "save it as one of these types, or rename it",
         )
     return reader
@@ -53,7 +53,7 @@ def read_jsonl(path: Path, file: str, warn: Warn) -> Iterator[Row]:
 
 
 def read_json(path: Path, file: str, warn: Warn) -> Iterator[Row]:
-    """A JSON array of objects, an object with one such array in it, or (often so named) JSON lines. Rows count from 1."""
+    """A JSON array of objects, an object with one such array in it, or (often so named) JSON lines."""
     text = whole_text(path, file=file)
     if not text.strip():
         return
@@ -108,8 +108,12 @@ def _read_table(path: Path, file: str, *, delimiter: str | None) -> Iterator[Row
         for cells in table:
             if any(cell.strip() for cell in cells):
                 if len(cells) != len(columns):
-                    why = f"the row has {len(cells)} cells, the header has {len(columns)} columns (delimiter {chosen!r})"
-                    raise _parse_error(file, start, why, "put quotes around cells that hold the delimiter or a line break")
+                    why = (
+                        f"the row has {len(cells)} cells, the header has {len(columns)} columns (delimiter {chosen!r})"
+                    )
+                    raise _parse_error(
+                        file, start, why, "put quotes around cells that hold the delimiter or a line break"
+                    )
                 yield Row(file=file, number=start, fields=dict(zip(columns, cells, strict=True)))
             start = table.line_num + 1
     except csv.Error as error:
@@ -131,7 +135,9 @@ def read_excel(path: Path, file: str, warn: Warn) -> Iterator[Row]:
     except (InvalidFileException, zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise _parse_error(file, None, f"not an Excel workbook: {error}", "save it again as .xlsx") from error
     try:
-        filled = [sheet for sheet in book.worksheets if any(_filled(cells) for cells in sheet.iter_rows(values_only=True))]
+        filled = [
+            sheet for sheet in book.worksheets if any(_filled(cells) for cells in sheet.iter_rows(values_only=True))
+        ]
         if len(filled) > 1:
             others = ", ".join(sheet.title for sheet in filled[1:])
             warn(f"{file}: only the sheet {filled[0].title!r} is read, not {others}")
@@ -200,7 +206,9 @@ def _json(text: str, file: str, number: int | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         why = f"{error.msg} at column {error.colno}"
-        raise _parse_error(file, number or error.lineno, why, "check quotes, commas and brackets of this line") from error
+        raise _parse_error(
+            file, number or error.lineno, why, "check quotes, commas and brackets of this line"
+        ) from error
     except RecursionError as error:
         raise _parse_error(file, number, "the JSON is nested too deeply") from error
 
@@ -221,7 +229,9 @@ def _object(value: Any, file: str, number: int) -> dict[str, Any]:
 def _columns(cells: list[str], *, file: str, number: int) -> list[str]:
     names = [cell.strip() for cell in cells]
     if "" in names:
-        raise _parse_error(file, number, f"column {names.index('') + 1} has no name", "name every column in the first row")
+        raise _parse_error(
+            file, number, f"column {names.index('') + 1} has no name", "name every column in the first row"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _parse_error(file, number, f"the column {twice[0]!r} appears twice", "rename one of the two columns")

@@ -1,9 +1,10 @@
 """Render conversations with the tokenizer's chat template and say which characters are the assistant's.
 
-Method: once per sequence of roles the template is rendered with placeholders instead of contents; what stands between the
-placeholders is the template's own text. Each row is then rendered once for real and must consist of exactly these pieces and
-its own contents. A learnt span begins where the prompt with the generation marker ends (what the model will be given when it is
-used) and ends with the end-of-turn token. The labels are therefore right by construction, for any template.
+Method: once per sequence of roles the template is rendered with placeholders instead of contents; what stands
+between the placeholders is the template's own text. Each row is then rendered once for real and must consist of
+exactly these pieces and its own contents. A learnt span begins where the prompt with the generation marker ends
+(what the model will be given when it is used) and ends with the end-of-turn token. The labels are therefore right by
+construction, for any template.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Rendered:
 class _Shape:
     """The template's text around the contents of one sequence of roles.
 
-    `pieces[i]` stands before content i, the last piece after the last content. For an assistant turn, the last `leads[i]`
-    characters of `pieces[i]` come after the generation prompt; the first `ends[i]` of `pieces[i + 1]` end the turn.
+    `pieces[i]` stands before content i, the last piece after the last content. For an assistant turn, the last
+    `leads[i]` characters of `pieces[i]` come after the generation prompt; the first `ends[i]` of `pieces[i + 1]` end
+    the turn.
     """
 
     pieces: tuple[str, ...]
@@ -51,7 +53,9 @@ class Renderer:
         self._shapes: dict[tuple[str, ...], _Shape] = {}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or r"(?!)")
+        self._special = re.compile(
+            "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or r"(?!)"
+        )
         self.end_of_turn = self._end_of_turn()
 
     def render(self, turns: Sequence[Turn], *, where: str) -> Rendered:
@@ -61,18 +65,20 @@ class Renderer:
             self._shapes[roles] = self._shape(roles, where)
         shape = self._shapes[roles]
         text = self._template(turns, where=where)
+        leads = shape.leads
         contents = _match(text, shape.pieces, [turn["content"] for turn in turns])
         if contents is None:
-            contents = self._search(text, shape.pieces)
+            contents, leads = self._search(text, shape), (0,) * len(turns)
         if contents is None:
             raise _unstable(where, "the template rewrites the contents of this row in a way that cannot be followed")
         spans = tuple(
-            (start - shape.leads[i], end + shape.ends[i])
+            (start - leads[i], end + shape.ends[i])
             for i, (start, end) in enumerate(contents)
             if roles[i] == "assistant"
         )
         rewritten = any(
-            text[start:end].strip() != turn["content"].strip() for (start, end), turn in zip(contents, turns, strict=True)
+            text[start:end].strip() != turn["content"].strip()
+            for (start, end), turn in zip(contents, turns, strict=True)
         )
         return Rendered(text=text, spans=spans, rewritten=rewritten)
 
@@ -132,14 +138,19 @@ class Renderer:
         found = self._special.search(tail)
         return tail[: found.end()] if found else ""
 
-    def _search(self, text: str, pieces: Sequence[str]) -> list[tuple[int, int]] | None:
-        """Contents as what stands between the pieces; only when every piece holds a special token and so is unmistakable."""
-        if not text.startswith(pieces[0]) or not text.endswith(pieces[-1]):
+    def _search(self, text: str, shape: _Shape) -> list[tuple[int, int]] | None:
+        """Contents as what stands between the pieces, if each piece holds a special token and so is unmistakable.
+
+        What the model has to produce before an answer counts as part of it here, since the template may have filled it
+        (reasoning that was split off the answer).
+        """
+        kept = [piece[: len(piece) - lead] for piece, lead in zip(shape.pieces, (*shape.leads, 0), strict=True)]
+        if not text.startswith(kept[0]) or not text.endswith(kept[-1]):
             return None
         spans = []
-        position = len(pieces[0])
-        for index, piece in enumerate(pieces[1:], start=1):
-            last = index == len(pieces) - 1
+        position = len(kept[0])
+        for index, piece in enumerate(kept[1:], start=1):
+            last = index == len(kept) - 1
             end = len(text) - len(piece) if last else text.find(piece, position)
             if end < position or not self._special.search(piece) or self._special.search(text[position:end]):
                 return None

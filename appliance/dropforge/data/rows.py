@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`fields` by column name, and where the row stands: a line number in text files, a row number elsewhere, from 1."""
+    """Fields by column name, and where the row stands: a line number in text files, else a row number, from 1."""
 
     file: str
     number: int

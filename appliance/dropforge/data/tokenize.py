@@ -33,8 +33,8 @@ def tokenize_conversations(
 ) -> list[Tokens]:
     """One row per conversation; the template's text already holds every special token.
 
-    A token belongs to an answer when its last character does. (A token that also covers the blank before the answer is what the
-    model produces there; one that runs past the end of the answer is not.)
+    A token belongs to an answer when its last character does. (A token that also covers the blank before the answer
+    is what the model produces there; one that runs past the end of the answer is not.)
     """
     encoded = tokenizer(
         [item.text for item in rendered], add_special_tokens=False, return_offsets_mapping=True,
@@ -58,7 +58,8 @@ def _mask(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tu
 
 
 def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int) -> list[Tokens]:
-    """A plain text with the tokenizer's own begin token and an end token, cut into consecutive rows of at most `length`.
+    """A plain text with the tokenizer's own begin token and an end token, cut into consecutive rows of at most
+    `length`.
 
     Nothing is lost by the cutting; everything is learnt.
     """

@@ -9,10 +9,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dropforge.errors import DropforgeError, EnvironmentFault, ExportError, Reason
 from dropforge.export.request import ExportReport, ExportRequest, Made, Message
 from dropforge.files import TEMPORARY_PREFIX, free_bytes, fsync_file, fsync_folder, regular_files, rename_folder
+
+if TYPE_CHECKING:
+    from dropforge.export.stage import Stage
 
 __all__ = ["ExportReport", "ExportRequest", "Message", "export_all", "export_one"]
 
@@ -34,7 +38,7 @@ def export_all(
 
     stage = Stage(request, log=log)
     request.result.path.mkdir(parents=True, exist_ok=True)
-    kinds = _ordered(request.kinds)
+    kinds = _ordered(request)
     reports: list[ExportReport] = []
     for done, kind in enumerate(kinds):
         on_progress(kind, done, len(kinds))
@@ -43,19 +47,19 @@ def export_all(
     return tuple(reports)
 
 
-def _ordered(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """As asked, but ollama last, and with a GGUF for it when none was asked."""
-    from dropforge.export.export_ollama import MAKES
+def _ordered(request: ExportRequest) -> tuple[str, ...]:
+    """As asked, but ollama last, and with a GGUF for it when there is none and none was asked."""
+    from dropforge.export.export_ollama import MAKES, finished_gguf
 
-    others = [kind for kind in dict.fromkeys(kinds) if kind != "ollama"]
-    if "ollama" not in kinds:
+    others = [kind for kind in dict.fromkeys(request.kinds) if kind != "ollama"]
+    if "ollama" not in request.kinds:
         return tuple(others)
-    if not any(kind.startswith("gguf:") for kind in others):
+    if not any(kind.startswith("gguf:") for kind in others) and finished_gguf(request) is None:
         others.append(f"gguf:{MAKES}")
     return (*others, "ollama")
 
 
-def export_one(stage: Stage, kind: str) -> ExportReport:  # noqa: F821  (imported above, late, because it needs torch)
+def export_one(stage: Stage, kind: str) -> ExportReport:
     """Make, verify and place one export."""
     start = time.monotonic()
     staging = stage.request.result.path / f"{TEMPORARY_PREFIX}{kind.replace(':', '-')}"
@@ -89,11 +93,11 @@ def export_one(stage: Stage, kind: str) -> ExportReport:  # noqa: F821  (importe
     )
 
 
-def _make(stage: Stage, kind: str, folder: Path) -> Made:  # noqa: F821
+def _make(stage: Stage, kind: str, folder: Path) -> Made:
     from dropforge.export.export_adapter import export_adapter
-    from dropforge.export.export_gguf import export_gguf, gguf_name
+    from dropforge.export.export_gguf import export_gguf
     from dropforge.export.export_merged import export_merged
-    from dropforge.export.export_ollama import MAKES, choose_type, export_ollama
+    from dropforge.export.export_ollama import export_ollama
 
     name, _, detail = kind.partition(":")
     if name == "adapter":
@@ -103,16 +107,7 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:  # noqa: F821
     if name == "gguf":
         return export_gguf(stage, folder, detail)
     if name == "ollama":
-        request = stage.request
-        asked = tuple(entry[5:] for entry in request.kinds if entry.startswith("gguf:"))
-        made = [t for t in asked if (request.result.gguf / gguf_name(request.slug, t)).is_file()]
-        chosen = choose_type(tuple(made)) or MAKES
-        gguf = request.result.gguf / gguf_name(request.slug, chosen)
-        if not gguf.is_file():
-            raise ExportError(
-                "there is no GGUF for Ollama", code="ollama-no-gguf", where="export", why="making the GGUF failed"
-            )
-        return export_ollama(stage, folder, gguf=gguf)
+        return export_ollama(stage, folder)
     raise ExportError(f"this release cannot export {kind}", code="export-unknown", where="export")
 
 

@@ -62,11 +62,15 @@ class AdapterFile:
 
 def read_adapter(folder: Path) -> AdapterFile:
     """Parse and check a PEFT folder. Raises ExportError: export-adapter-unsupported, export-adapter-broken."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = read_json(folder / CONFIG)
+    try:
+        config = read_json(folder / CONFIG)
+        tensors = load_file(folder / WEIGHTS, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _broken(f"the adapter cannot be read: {str(error).splitlines()[0]}") from error
     _check_supported(config)
-    tensors = load_file(folder / WEIGHTS, device="cpu")
     grouped: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         match = _PARTS.fullmatch(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None

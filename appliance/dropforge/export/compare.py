@@ -17,7 +17,7 @@ class Agreement:
 
     positions: int
     relative_error: float
-    """Root mean square of the difference of centred log-probabilities over that of the truth: 0 equal, about 1.4 unrelated."""
+    """RMS of the difference of centred log-probabilities over the RMS of the truth's: 0 equal, about 1.4 unrelated."""
     mean_kl: float
     """Mean Kullback-Leibler divergence of the candidate from the truth, in nats; unlisted tokens count as one token."""
     top1: float
@@ -58,7 +58,7 @@ def agreement(truth: list[Array], candidate: list[Array]) -> Agreement:
 
 
 def _kl(a: Any, b: Any, *, everything: bool) -> float:
-    """KL over listed tokens; the rest of both distributions is treated as one more token (a lower bound of the whole)."""
+    """KL over listed tokens; the rest of both distributions counts as one more token (a lower bound of the whole)."""
     import numpy as np
 
     p, q = np.exp(a), np.exp(b)

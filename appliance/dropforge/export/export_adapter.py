@@ -44,7 +44,9 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
         module for module in parsed.changes if f"{module}.weight" not in base and not module.endswith("lm_head")
     )
     if unmatched:
-        raise _wrong(f"{len(unmatched)} modules of the adapter are not in the base model", where=", ".join(unmatched[:5]))
+        raise _wrong(
+            f"{len(unmatched)} modules of the adapter are not in the base model", where=", ".join(unmatched[:5])
+        )
     prompts = stage.prompts()[:2]
     with trained_model(request.base_path, request.adapter, None) as model:
         truth = prompt_logprobs(model, prompts)

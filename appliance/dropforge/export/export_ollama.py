@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import ExportError
+from dropforge.export.export_gguf import gguf_name
 from dropforge.export.modelfile import Modelfile, read_modelfile, write_modelfile
-from dropforge.export.request import Made
+from dropforge.export.request import ExportRequest, Made
 from dropforge.export.stage import Stage
 from dropforge.files import read_json, write_text
 
@@ -16,17 +17,20 @@ MAKES = "q8_0"
 LARGEST_CONTEXT = 8192
 
 
-def choose_type(asked: tuple[str, ...]) -> str | None:
-    """Which of the asked GGUF types Ollama gets: q4_k_m, then q8_0, then the first; None when none was asked."""
-    for wanted in PREFERRED:
-        if wanted in asked:
-            return wanted
-    return asked[0] if asked else None
+def finished_gguf(request: ExportRequest) -> Path | None:
+    """The result's GGUF that Ollama gets: q4_k_m, then q8_0, then the first asked, then any; None without one."""
+    asked = [kind[5:] for kind in request.kinds if kind.startswith("gguf:")]
+    names = [gguf_name(request.slug, gguf_type) for gguf_type in (*PREFERRED, *asked)]
+    there = {path.name: path for path in sorted(request.result.gguf.glob("*.gguf"))}
+    return next((there[name] for name in names if name in there), next(iter(there.values()), None))
 
 
-def export_ollama(stage: Stage, folder: Path, *, gguf: Path) -> Made:
-    """Write Modelfile into `folder`; `gguf` is the finished file below the result folder."""
+def export_ollama(stage: Stage, folder: Path) -> Made:
+    """Write Modelfile into `folder` for a finished GGUF of the result. Raises ExportError (ollama-no-gguf)."""
     request = stage.request
+    gguf = finished_gguf(request)
+    if gguf is None:
+        raise ExportError("there is no GGUF for Ollama", code="ollama-no-gguf", where="export", why="making it failed")
     found = stage.ollama_template
     wanted = Modelfile(
         gguf=f"./{gguf.relative_to(request.result.path).as_posix()}",

@@ -12,7 +12,8 @@ from typing import Any
 
 from dropforge.export.request import Message
 
-_ACTION = re.compile(r"{{-?\s*(.*?)\s*-?}}", re.DOTALL)
+# A string constant may hold braces, so it is taken whole.
+_ACTION = re.compile(r'{{-?\s*((?:"(?:[^"\\]|\\.)*"|[^"])*?)\s*-?}}', re.DOTALL)
 
 
 def render_go(template: str, messages: tuple[Message, ...]) -> str:

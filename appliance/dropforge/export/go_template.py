@@ -1,8 +1,8 @@
 """Ollama's TEMPLATE: written for simple chat templates, and proven to render the same text as the Jinja template.
 
 Ollama renders a TEMPLATE with Go's text/template. The subset written here (range over .Messages, if / else if with eq,
-fields, string literals, plain text) is rendered again by `go_render.render_go`, and a TEMPLATE counts only when every probe
-conversation comes out equal. Not covered by any TEMPLATE: two turns of one role in a row, which Ollama joins beforehand.
+fields, string literals, plain text) is rendered again by `go_render.render_go`, and a TEMPLATE counts only when every
+probe conversation comes out equal. No TEMPLATE covers two turns of one role in a row: Ollama joins them beforehand.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OllamaTemplate:
 
 
 def ollama_template(tokenizer: Any) -> OllamaTemplate:
-    """The TEMPLATE for a tokenizer's chat template, proven on the probe conversations, or the reason why there is none."""
+    """The TEMPLATE for a tokenizer's chat template, proven on the probe conversations, or why there is none."""
     if tokenizer.chat_template is None:
         return OllamaTemplate(text=None, reason="the model has no chat template")
     text = _candidate(tokenizer)
@@ -43,9 +43,13 @@ def ollama_template(tokenizer: Any) -> OllamaTemplate:
         if wanted is None:
             return OllamaTemplate(text=None, reason="the chat template refuses some conversations")
         if render_go(text, messages) != wanted.removeprefix(bos):
-            return OllamaTemplate(text=None, reason="a Go template cannot write every conversation as the chat template does")
+            return OllamaTemplate(
+                text=None, reason="a Go template cannot write every conversation as the chat template does"
+            )
         proven += 1
-    return OllamaTemplate(text=text, reason="renders every probe conversation like the chat template", conversations=proven)
+    return OllamaTemplate(
+        text=text, reason="renders every probe conversation like the chat template", conversations=proven
+    )
 
 
 def _candidate(tokenizer: Any) -> str | None:

@@ -76,7 +76,7 @@ def write_modelfile(wanted: Modelfile) -> tuple[str, Modelfile]:
 
 
 _COMMAND = re.compile(
-    r'^(?P<word>FROM|REQUIRES|TEMPLATE|SYSTEM|LICENSE|PARAMETER (?P<name>\w+)) +'
+    r"^(?P<word>FROM|REQUIRES|TEMPLATE|SYSTEM|LICENSE|PARAMETER (?P<name>\w+)) +"
     r'(?:"""(?P<quoted>.*?)"""|(?P<bare>[^\n]*))\s*?$',
     re.MULTILINE | re.DOTALL,
 )

@@ -11,13 +11,15 @@ from dropforge.export.request import Message
 
 TEXTS: tuple[str, ...] = (
     "Hello world", "hello  world", " leading space", "   three leading spaces", "trailing space ", "tab\there",
-    "line\nbreak", "two\n\nbreaks", "\nfirst a break", "a\r\nwindows break", "   \n  \n ", "1", "12", "123", "1234567890",
-    "3.14159", "1,000,000", "I'm you're we'VE it'S he'd they'll", "don't DON'T", "CamelCaseWord snake_case_word",
-    "ALL CAPS HERE", "def f(x):\n    return x ** 2\n", "if (a && b) { c += 1; } // note", "https://example.org/a?b=c&d=e",
-    "user@example.org", "100% of $5 #1 @home", "(brackets) [and] {braces}", "\"double\" 'single' `back`", "a-b_c/d\\e|f",
-    "Grüße aus Köln", "déjà vu à la carte", "Ελληνικά", "Русский текст", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया",
-    "你好，世界", "こんにちは世界", "안녕하세요", "ไทย", "😀", "👩\u200d👩\u200d👧 family", "½ ¾ ™ © €", "…—–", "\u00a0no-break",
-    "zero\u200bwidth", "supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaaaaaaaaaa", "The quick brown fox jumps over the lazy dog.",
+    "line\nbreak", "two\n\nbreaks", "\nfirst a break", "a\r\nwindows break", "   \n  \n ", "1", "12", "123",
+    "1234567890", "3.14159", "1,000,000", "I'm you're we'VE it'S he'd they'll", "don't DON'T",
+    "CamelCaseWord snake_case_word", "ALL CAPS HERE", "def f(x):\n    return x ** 2\n",
+    "if (a && b) { c += 1; } // note", "https://example.org/a?b=c&d=e", "user@example.org", "100% of $5 #1 @home",
+    "(brackets) [and] {braces}", "\"double\" 'single' `back`", "a-b_c/d\\e|f", "Grüße aus Köln", "déjà vu à la carte",
+    "Ελληνικά", "Русский текст", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "你好，世界",
+    "こんにちは世界", "안녕하세요", "ไทย", "😀", "👩\u200d👩\u200d👧 family", "½ ¾ ™ © €",
+    "…—–", "\xa0no-break", "zero\u200bwidth",
+    "supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaaaaaaaaaa", "The quick brown fox jumps over the lazy dog.",
     "What is the capital of France?", "<b>not a marker</b>", "x = {'k': [1, 2, 3]}",
 )  # fmt: skip
 
@@ -45,6 +47,6 @@ RENDERED: tuple[tuple[Message, ...], ...] = (
     _turns("S:Sys", "U:One", "A:1", "U:Two", "A:2", "U:Three"),
     _turns("U:  padded  ", "A: yes ", "U:\nbreak first"),
     _turns("S:two\n\nparagraphs", "U:Grüße, 你好 😀", "A:…", "U:ok"),
-    _turns("U:{{ .Content }} {% raw %} </s> [INST]"),
+    _turns("U:{{ .Content }} {% raw %} </s>[INST]"),
 )
 """Conversations whose rendered text is compared; each ends with a user turn, so the generation prompt follows."""

@@ -66,14 +66,21 @@ def compute_dtype(folder: Path, *, copies: int = 1) -> torch.dtype:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars and notices of transformers inside the block; its verbosity comes back afterwards."""
+    """No progress bars, notices and hints of transformers and PEFT inside the block; their settings come back.
+
+    PEFT's hints (tied embeddings and the like) are about what the comparison that follows decides anyway.
+    """
+    import warnings
+
     from transformers.utils import logging as library
 
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity(logging.ERROR)
     library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     finally:
         library.set_verbosity(level)
         if bars:
@@ -86,6 +93,7 @@ def trained_model(base: Path, adapter: Path | None, full: Path | None) -> Iterat
     from transformers import AutoModelForCausalLM
 
     folder = full or base
+    model: Any
     with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=compute_dtype(folder), local_files_only=True, trust_remote_code=False
@@ -118,10 +126,17 @@ def merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
     """The merged folder in transformers, and what its loading report lists: missing, unexpected, mismatched keys."""
     from transformers import AutoModelForCausalLM
 
+    loaded: Any
     with quiet_libraries():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=compute_dtype(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    model, report = loaded
+    del loaded
     try:
         yield model.eval(), {key: sorted(map(str, value)) for key, value in report.items() if value}
     finally:
@@ -147,9 +162,7 @@ def answers(model: Any, prompts: list[list[int]], *, stop: int | None) -> list[A
                 tokens.append(int(best.indices[0]))
                 if tokens[-1] == stop:
                     break
-            result.append(
-                Answer(prompt=prompt, tokens=tokens, logprobs=torch.stack(rows).numpy(), margins=margins)
-            )
+            result.append(Answer(prompt=prompt, tokens=tokens, logprobs=torch.stack(rows).numpy(), margins=margins))
     return result
 
 

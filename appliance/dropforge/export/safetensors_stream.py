@@ -41,7 +41,10 @@ def read_header(file: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(stream.read(length))
     except (struct.error, ValueError, MemoryError) as error:
         raise ExportError(
-            f"{file.name} is not a whole safetensors file", code="export-weights-broken", where=file.name, why=str(error)
+            f"{file.name} is not a whole safetensors file",
+            code="export-weights-broken",
+            where=file.name,
+            why=str(error),
         ) from error
     header.pop("__metadata__", None)
     return header

@@ -130,7 +130,53 @@ class Stage:
 
     def _convert(self) -> BaseGguf:
         merged, request = self.merged, self.request
-        view = _fresh(request.work / "gguf-view")
+        template = self._file_template()
+        view = self._converter_view(template)
+        definition = read_json(view / "tokenizer.json")
+        prefix = space_prefix(definition) if is_sentencepiece(definition) else "never"
+        gguf_type = {"float16": "f16", "bfloat16": "bf16"}[merged.dtype]
+        target = request.work / f"base-{gguf_type}.gguf"
+        self.log(f"converting to GGUF ({gguf_type})")
+        conversion = convert(
+            view, target, gguf_type=gguf_type, name=request.name, tools=self.tools,
+            flags=self._flags(definition, prefix),
+        )  # fmt: skip
+        expected = Expected(
+            tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=merged.answers,
+            texts=self._texts(prefix),
+        )  # fmt: skip
+        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected)
+
+    def _flags(self, definition: dict[str, Any], prefix: str) -> dict[str, bool]:
+        """Metadata that must follow from how the chat template uses the vocabulary."""
+        flags: dict[str, bool] = {}
+        if is_sentencepiece(definition):
+            # "first" means the start of the whole text; llama.cpp would also put a space after each marker of a chat.
+            flags["tokenizer.ggml.add_space_prefix"] = prefix == "always" or (prefix == "first" and not self._chats)
+        if self._chats and not self._begins_with_bos():
+            flags["tokenizer.ggml.add_bos_token"] = False
+        return flags
+
+    def _texts(self, prefix: str) -> tuple[str, ...]:
+        """Plain texts the file must cut like the tokenizer.
+
+        With a space prefix, texts that begin with a space differ by design (transformers adds none, llama.cpp and
+        SentencePiece do). A prefix that is off for the sake of chats leaves no plain text to compare.
+        """
+        if prefix == "never":
+            return TEXTS
+        if prefix == "first" and self._chats:
+            return ()
+        return tuple(text for text in TEXTS if not text.startswith(" "))
+
+    @property
+    def _chats(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def _converter_view(self, template: str | None) -> Path:
+        """The merged folder as the converter must see it: no code, the turn's end as end token, this template."""
+        merged = self.merged
+        view = _fresh(self.request.work / "gguf-view")
         for path in merged.folder.iterdir():
             if path.suffix == ".safetensors":
                 os.link(path, view / path.name)
@@ -139,25 +185,16 @@ class Stage:
         config = read_json(view / "config.json")
         config.pop("auto_map", None)
         write_json(view / "config.json", config)
-        if self.end_token:
-            set_eos(view / "tokenizer_config.json", self.end_token)
-        template = self._file_template()
         if template is not None:
             write_text(view / "chat_template.jinja", template)
-        definition = read_json(view / "tokenizer.json")
-        prefix = space_prefix(definition) if is_sentencepiece(definition) else ""
-        space = {"": None, "never": False, "always": True, "first": template is None}[prefix]
-        gguf_type = {"float16": "f16", "bfloat16": "bf16"}[merged.dtype]
-        target = request.work / f"base-{gguf_type}.gguf"
-        self.log(f"converting to GGUF ({gguf_type})")
-        conversion = convert(
-            view, target, gguf_type=gguf_type, name=request.name, tools=self.tools, add_space_prefix=space
-        )
-        expected = Expected(
-            tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=merged.answers,
-            plain_text=prefix != "first" or template is None,
-        )  # fmt: skip
-        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected)
+        if self.end_token:
+            set_eos(view / "tokenizer_config.json", self.end_token)
+        return view
+
+    def _begins_with_bos(self) -> bool:
+        """False when the chat template writes no BOS, so that llama.cpp must not add one to chats either."""
+        bos, text = self.tokenizer.bos_token, render(self.tokenizer, ANSWERED[0])
+        return text is None or (bos is not None and text.startswith(bos))
 
     def _file_template(self) -> str | None:
         """The chat template for the file: as trained, kept out of Ollama's guessing unless a TEMPLATE goes with it."""

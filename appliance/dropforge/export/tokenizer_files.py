@@ -7,7 +7,6 @@ Repairs, each for a fault that is silent otherwise (transformers 5 writes neithe
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,9 @@ def _same_pieces(path: Path, definition: dict[str, Any]) -> bool:
     added = {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
     by_id = {index: text for text, index in vocab.items()} | added
     size = processor.GetPieceSize()
-    return size >= len(vocab) and all(by_id.get(i, processor.IdToPiece(i)) == processor.IdToPiece(i) for i in range(size))
+    return size >= len(vocab) and all(
+        by_id.get(i, processor.IdToPiece(i)) == processor.IdToPiece(i) for i in range(size)
+    )
 
 
 def _sentencepiece_bytes(folder: Path, definition: dict[str, Any]) -> bytes:
@@ -99,7 +100,8 @@ def _sentencepiece_bytes(folder: Path, definition: dict[str, Any]) -> bytes:
     from dropforge.models.sentencepiece_file import pieces_from_bpe, sentencepiece_model
 
     model = definition["model"]
-    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else (m[0], m[1]) for m in model["merges"]]
+    pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
+    merges = [(str(left), str(right)) for left, right in pairs]
     special = [token["content"] for token in definition.get("added_tokens") or [] if token["special"]]
     try:
         pieces = pieces_from_bpe(model["vocab"], merges, special=special, unknown=model.get("unk_token") or "<unk>")
@@ -109,7 +111,9 @@ def _sentencepiece_bytes(folder: Path, definition: dict[str, Any]) -> bytes:
             why=str(error),
         ) from error  # fmt: skip
     config = read_json(folder / "tokenizer_config.json")
-    ids = {name: _token_id(config.get(name), definition) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    ids = {
+        name: _token_id(config.get(name), definition) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     return sentencepiece_model(
         pieces, bos_id=ids["bos_token"], eos_id=ids["eos_token"], pad_id=ids["pad_token"],
         unk_id=max(ids["unk_token"], 0), add_dummy_prefix=space_prefix(definition) != "never",
@@ -125,6 +129,5 @@ def _token_id(token: Any, definition: dict[str, Any]) -> int:
 
 
 def set_eos(config_path: Path, token: str) -> None:
-    """Make `token` the end token of a tokenizer_config.json."""
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    write_json(config_path, {**config, "eos_token": token})
+    """Name the end token in a tokenizer_config.json."""
+    write_json(config_path, {**read_json(config_path), "eos_token": token})

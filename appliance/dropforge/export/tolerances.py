@@ -24,6 +24,8 @@ _BY_BITS = {
     "q3": Bounds(0.9, 1.5),
     "iq3": Bounds(0.9, 1.5),
     "q2": Bounds(1.2, 4.0),
+    "iq2": Bounds(1.2, 4.0),
+    "iq1": Bounds(10.0, 50.0),
     # Ternary types are made for models trained in them; for others only loading, tokens and finite numbers are checked.
     "tq": Bounds(10.0, 50.0),
 }

@@ -1,4 +1,4 @@
-"""Does a GGUF behave like the merged model? Loaded in llama-server and asked the same things, never trusted by exit code."""
+"""Does a GGUF behave like the merged model? It is loaded in llama-server and asked the same things."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import ExportError
 from dropforge.export.chat_format import render, token_ids
 from dropforge.export.compare import Agreement, agreement
-from dropforge.export.probes import RENDERED, TEXTS
+from dropforge.export.probes import RENDERED
 from dropforge.export.reference import Answer
 from dropforge.export.tolerances import bounds
 from dropforge.llama_cpp.locate import LlamaCpp
@@ -24,7 +24,7 @@ LISTED_TOKENS = 4096
 """Log-probabilities asked per position; a bigger vocabulary's tail counts as one token."""
 CONTEXT = 2048
 NEAR_TIE = 0.05
-"""Two first tokens closer than this (log-probability) may change places by rounding; greedy texts are compared up to there."""
+"""Two first tokens closer than this (log-probability) may change places by rounding; texts are compared up to there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Expected:
     """Chat template as it was put into the file."""
     eos: str | None
     answers: list[Answer]
-    plain_text: bool
-    """Plain text is cut alike too; False where the file's space prefix is switched off for the sake of chats."""
+    texts: tuple[str, ...]
+    """Plain texts that must be cut alike too."""
 
 
 def verify_gguf(path: Path, *, gguf_type: str, expected: Expected, tools: LlamaCpp) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def verify_gguf(path: Path, *, gguf_type: str, expected: Expected, tools: LlamaC
     with LlamaServer(path, tools=tools, exact=True, context=CONTEXT) as server:
         _check_metadata(server, expected, path.name)
         conversations = _check_conversations(server, expected, path.name)
-        texts = _check_texts(server, expected, path.name) if expected.plain_text else 0
+        texts = _check_texts(server, expected, path.name)
         close = _logits(server, expected)
         greedy = _greedy(server, expected.answers)
     checks = {
@@ -104,13 +104,13 @@ def _check_conversations(server: LlamaServer, expected: Expected, name: str) -> 
 
 
 def _check_texts(server: LlamaServer, expected: Expected, name: str) -> int:
-    for text in TEXTS:
+    for text in expected.texts:
         ids, own = server.tokenize(text, add_special=False), token_ids(expected.tokenizer, text)
         if ids != own:
             raise _failure(
                 "gguf-tokens", "the GGUF cuts a text into other tokens", name, f"{text!r}: {ids}, expected {own}"
             )
-    return len(TEXTS)
+    return len(expected.texts)
 
 
 def _logits(server: LlamaServer, expected: Expected) -> Agreement:
@@ -125,7 +125,7 @@ def _rows(server: LlamaServer, answer: Answer, *, plain: int) -> Array:
     import numpy as np
 
     rows = np.full(answer.logprobs.shape, np.nan, dtype=np.float32)
-    size = rows.shape[1]
+    size = int(answer.logprobs.shape[-1])
     for step in range(len(answer.tokens)):
         prompt = answer.prompt + answer.tokens[:step]
         found = server.next_logprobs(prompt, listed=min(size, LISTED_TOKENS), plain_token=plain)

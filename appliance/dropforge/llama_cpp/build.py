@@ -1,8 +1,8 @@
 """Build llama.cpp's tools from the pinned source archive: `python -m dropforge.llama_cpp.build`, or `make llama`.
 
 The archive is llama-cpp-python's, because it is on every package index and carries all of llama.cpp. It is fetched with
-its hash checked, unpacked, built with CMake and Ninja, and put in place with one rename. A build that was interrupted goes
-on where it stopped; two at the same time wait for each other.
+its hash checked, unpacked, built with CMake and Ninja, and put in place with one rename. A build that was interrupted
+goes on where it stopped; two at the same time wait for each other.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build(target: Path, *, sdist: Path | None = None, jobs: int, log: Log) -> LlamaCpp:
-    """Make `target` hold bin/ and convert/. Does nothing when it does. Raises EnvironmentFault with the failing step."""
+    """Make `target` hold bin/ and convert/, unless it does. Raises EnvironmentFault with the failing step."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -96,19 +96,19 @@ def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, log: L
 
 def _run(command: list[str], *, step: str, log: Log) -> None:
     """Run to the end with a progress line every 15 s, taken from Ninja's own [done/all]."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=death_signal()
-    )
-    assert process.stdout is not None
     said: list[bytes] = []
     last = time.monotonic()
-    for line in process.stdout:
-        said = [*said[-200:], line]
-        match = _STEP.match(line)
-        if match and time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
-            log(f"{step} llama.cpp: {int(match[1])} of {int(match[2])}")
-    if process.wait() != 0:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=death_signal()
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said = [*said[-200:], line]
+            match = _STEP.match(line)
+            if match and time.monotonic() - last > PROGRESS_SECONDS:
+                last = time.monotonic()
+                log(f"{step} llama.cpp: {int(match[1])} of {int(match[2])}")
+    if process.returncode != 0:
         raise EnvironmentFault(
             f"{step} llama.cpp failed", code="llama-build", where=Path(command[0]).name,
             why=f"it said last:\n{tail(b''.join(said).decode('utf-8', errors='replace'))}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -25,14 +24,15 @@ class BuildTools:
 
 
 def find_build_tools(folder: Path, *, log: Callable[[str], None]) -> BuildTools:
-    """The tools of this machine, else installed into `folder`. Raises EnvironmentFault: compiler-missing, tool-missing."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+    """This machine's tools, else new ones in `folder`. Raises EnvironmentFault: compiler-missing, tool-missing."""
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise EnvironmentFault(
             "there is no C++ compiler", code="compiler-missing", where="c++, g++, clang++",
-            why="llama.cpp is compiled on this machine", fix="install one (Debian, Ubuntu: apt-get install build-essential)",
+            why="llama.cpp is compiled on this machine",
+            fix="install one (Debian, Ubuntu: apt-get install build-essential)",
         )  # fmt: skip
-    search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    cmake, ninja = shutil.which("cmake", path=search), shutil.which("ninja", path=search)
+    beside_python = str(Path(sys.executable).parent)
+    cmake, ninja = (shutil.which(name) or shutil.which(name, path=beside_python) for name in ("cmake", "ninja"))
     if cmake and ninja:
         return BuildTools(Path(cmake), Path(ninja))
     return install_build_tools(folder, log=log)
@@ -53,7 +53,9 @@ def install_build_tools(folder: Path, *, log: Callable[[str], None]) -> BuildToo
         sys.executable, "-m", "pip", "install", "--no-deps", "--only-binary", ":all:", "--require-hashes",
         "--disable-pip-version-check", "--target", str(folder), "--upgrade", "--requirement", str(LOCK),
     ]  # fmt: skip
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if done.returncode != 0 or not (tools.cmake.is_file() and tools.ninja.is_file()):
         raise EnvironmentFault(
             "CMake and Ninja could not be fetched", code="tool-missing", where="pip install",

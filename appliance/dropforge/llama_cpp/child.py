@@ -26,6 +26,11 @@ def death_signal() -> Callable[[], None]:
     return bind
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Our environment for a child, without LLAMA_* variables, which would change settings that checks rely on."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")} | more
+
+
 def tail(text: str) -> str:
     """The last lines of a program's output, short enough for an error message."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
@@ -44,7 +49,7 @@ def run_tool(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(env or {})},
+        env=environment(**(env or {})),
         preexec_fn=death_signal(),
         check=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +26,19 @@ class Conversion:
 
 
 def convert(
-    folder: Path, target: Path, *, gguf_type: str, name: str, tools: LlamaCpp, add_space_prefix: bool | None = None
+    folder: Path, target: Path, *, gguf_type: str, name: str, tools: LlamaCpp, flags: Mapping[str, bool] | None = None
 ) -> Conversion:
     """Write `target` as f32, f16 or bf16 from a folder that holds no code: config, safetensors, tokenizer.
 
-    `add_space_prefix` overrides tokenizer.ggml.add_space_prefix. The child has no network and sees no GPU.
+    `flags` sets metadata that is true or false, such as tokenizer.ggml.add_space_prefix, in place of the converter's
+    own. The child has no network and sees no GPU.
     Raises ExportError (export-convert) with the converter's last words.
     """
     assert gguf_type in CONVERTER_TYPES, gguf_type
-    prefix = "keep" if add_space_prefix is None else str(add_space_prefix).lower()
+    # -P: the folder we happen to run in must not lend the converter its modules.
+    child = [sys.executable, "-P", "-m", "dropforge.llama_cpp.convert_child"]
     output = run_tool(
-        [sys.executable, "-P", "-m", "dropforge.llama_cpp.convert_child", tools.converter, folder, target, gguf_type, name, prefix],
+        [*child, tools.converter, folder, target, gguf_type, name, json.dumps(flags or {})],
         what=f"llama.cpp's converter could not read {folder.name}",
         code="export-convert",
         fix="if llama.cpp does not support the architecture, leave gguf and ollama out of `export`",

@@ -1,7 +1,7 @@
 """Front end of llama.cpp's converter, run as a program of its own (see convert.py for its arguments).
 
 The converter's classes are used as they are. A subclass made at run time differs in two points: an unknown
-pre-tokenizer is named by definition, and the space prefix of a SentencePiece vocabulary can be set.
+pre-tokenizer is named by definition, and metadata that is true or false can be set.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dropforge.llama_cpp.pre_tokenizer import recognise
 
 
 def main(arguments: list[str]) -> int:
-    """Arguments: converter folder, model folder, target file, type, model name, space prefix (keep, true, false)."""
-    converter, folder, target, gguf_type, name, prefix = arguments
+    """Arguments: converter folder, model folder, target file, type, model name, metadata flags as JSON."""
+    converter, folder, target, gguf_type, name, flags = arguments
     # The converter belongs to its own gguf-py, which is newer than the released one.
     sys.path[:0] = [converter, str(Path(converter) / "gguf-py")]
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
@@ -40,8 +40,7 @@ def main(arguments: list[str]) -> int:
         except NotImplementedError:
             print(f"llama.cpp's converter does not know the architecture {architecture}")
             return 1
-        space = None if prefix == "keep" else prefix == "true"
-        model = _repaired(base, found, Path(folder), space)(
+        model = _repaired(base, found, Path(folder), json.loads(flags))(
             Path(folder), types[gguf_type], Path(target), model_name=name
         )
         model.write()
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _repaired(base: Any, found: dict[str, str], folder: Path, space_prefix: bool | None) -> Any:
+def _repaired(base: Any, found: dict[str, str], folder: Path, flags: dict[str, bool]) -> Any:
     """Subclass of the converter's model class; `found` receives the pre-tokenizer and how it was recognised."""
 
     class Repaired(base):
@@ -69,11 +68,10 @@ def _repaired(base: Any, found: dict[str, str], folder: Path, space_prefix: bool
 
         def set_vocab(self) -> None:
             super().set_vocab()
-            if space_prefix is not None:
-                key = "tokenizer.ggml.add_space_prefix"
+            for key, value in flags.items():
                 for values in self.gguf_writer.kv_data:
                     values.pop(key, None)
-                self.gguf_writer.add_add_space_prefix(space_prefix)
+                self.gguf_writer.add_bool(key, value)
 
     return Repaired
 

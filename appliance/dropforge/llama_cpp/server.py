@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from dropforge.errors import ExportError
-from dropforge.llama_cpp.child import death_signal, tail
+from dropforge.llama_cpp.child import death_signal, environment, tail
 from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
 
 START_SECONDS = 600.0
@@ -52,7 +52,9 @@ class LlamaServer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -65,9 +67,15 @@ class LlamaServer:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    @property
+    def socket(self) -> Path:
+        """The Unix socket the process listens on. Only inside the with block."""
+        assert self._folder is not None, "LlamaServer is used outside of its with block"
+        return self._folder / "llama.sock"
+
     def _start(self, folder: Path) -> None:
         command = [
-            str(self._tools.tool("llama-server")), "--model", str(self.model), "--host", str(folder / "llama.sock"),
+            str(self._tools.tool("llama-server")), "--model", str(self.model), "--host", str(self.socket),
             "--ctx-size", str(self._context), "--parallel", "1", "--threads", str(self._threads), "--jinja",
             "--no-ui", "--no-slots", "--no-warmup", "--fit", "off", "--reasoning-format", "none", "--offline",
         ]  # fmt: skip
@@ -76,7 +84,7 @@ class LlamaServer:
         with (folder / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
-                env=_quiet_environment(), preexec_fn=death_signal(),
+                env=environment(), preexec_fn=death_signal(),
             )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
@@ -96,8 +104,7 @@ class LlamaServer:
         return ExportError(what, code=code, where=self.model.name, why=f"llama-server said last:\n{tail(said)}")
 
     def _request(self, method: str, path: str, body: Any, *, timeout: float = REQUEST_SECONDS) -> Any:
-        assert self._folder is not None, "LlamaServer is used outside of its with block"
-        connection = _UnixConnection(str(self._folder / "llama.sock"), timeout)
+        connection = _UnixConnection(str(self.socket), timeout)
         try:
             payload = None if body is None else json.dumps(body).encode()
             connection.request(method, path, payload, {"Content-Type": "application/json"})
@@ -150,7 +157,11 @@ class LlamaServer:
         }  # fmt: skip
         steps = self._request("POST", "/completion", body)["completion_probabilities"]
         found = {item["id"]: item["logprob"] for item in steps[0]["top_logprobs"]}
-        return {token: float("nan") if value is None else value for token, value in found.items() if value is None or value > -200}
+        return {
+            token: float("nan") if value is None else value
+            for token, value in found.items()
+            if value is None or value > -200
+        }
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """The assistant's answer, rendered with the chat template inside the file."""
@@ -166,13 +177,8 @@ def usable_threads() -> int:
 
 
 def _threads_for(model: Path) -> int:
-    """One thread for small files: waiting for each other costs more than a second thread brings, most of all under load."""
+    """One thread for small files: waiting for each other costs more than a second thread brings."""
     return usable_threads() if model.exists() and model.stat().st_size > SMALL_FILE_BYTES else 1
-
-
-def _quiet_environment() -> dict[str, str]:
-    """Without LLAMA_* variables, which would change the settings a check relies on."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
 
 
 class _NotReady(Exception):  # noqa: N818  (a state of the server, seen only in this file)

@@ -49,7 +49,9 @@ def fetch(folder: Path, *, log: Callable[[str], None]) -> Path:
         sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes",
         "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirement),
     ]  # fmt: skip
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
     if done.returncode != 0 or not archive.is_file():
         raise EnvironmentFault(
             f"{SDIST} {SDIST_VERSION} could not be fetched", code="llama-fetch", where="pip download",

@@ -1,7 +1,7 @@
 """Models made on the spot from a seed: real architectures, random weights, a few million parameters, no download.
 
-They exist to try the whole path (train, merge, convert, chat) offline in minutes. They know nothing before they are trained.
-Rows are multiples of 256 long, because llama.cpp's k-quants need that.
+They exist to try the whole path (train, merge, convert, chat) offline in minutes. They know nothing before they are
+trained. Rows are multiples of 256 long, because llama.cpp's k-quants need that.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ class Recipe:
     seed: int
     hidden_size: int = 256
     intermediate_size: int = 768
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
     max_position_embeddings: int = 2048
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    initializer_range: float = 0.0625
+    """Standard deviation of the linear layers: 1/sqrt(hidden_size). With 0.02 a model this narrow hardly learns."""
+    embedding_range: float = 0.02
+    """The same for embed_tokens and lm_head."""
 
 
 BUILTIN: dict[str, Recipe] = {
     "tiny-llama": Recipe(architecture="llama", tie_word_embeddings=False, seed=20_260_101),
     "tiny-qwen3": Recipe(architecture="qwen3", tie_word_embeddings=True, seed=20_260_102, rms_norm_eps=1e-6),
 }
-_FORMAT = 1  # raise when this file changes what it writes
+_FORMAT = 2  # raise when this file changes what it writes
 
 
 def recipe_hash(name: str) -> str:
@@ -80,7 +83,7 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedCon
 
     fields: dict[str, Any] = asdict(recipe)
     architecture = fields.pop("architecture")
-    del fields["seed"]
+    del fields["seed"], fields["embedding_range"]
     theta = fields.pop("rope_theta")
     kind = {"llama": LlamaConfig, "qwen3": Qwen3Config}[architecture]
     return kind(
@@ -95,10 +98,10 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedCon
 
 
 def _write_weights(config: PreTrainedConfig, *, recipe: Recipe, folder: Path) -> None:
-    """Matrices from N(0, initializer_range) in the order of their names, norms 1.
+    """Matrices normal with the recipe's standard deviations in the order of their names, norms 1.
 
-    numpy's PCG64 and a model on the meta device: torch's global random state is neither used nor moved, so that the first run
-    of a job, which builds the model, trains exactly like a later one.
+    numpy's PCG64 and a model on the meta device: torch's global random state is neither used nor moved, so that the
+    first run of a job, which builds the model, trains exactly like a later one.
     """
     import numpy as np
     import torch
@@ -114,7 +117,9 @@ def _write_weights(config: PreTrainedConfig, *, recipe: Recipe, folder: Path) ->
         if len(shape) == 1:
             weights[name] = np.ones(shape, dtype=np.float32)
         else:
-            weights[name] = generator.standard_normal(shape, dtype=np.float32) * np.float32(recipe.initializer_range)
+            linear = name.startswith("model.layers.")
+            scale = recipe.initializer_range if linear else recipe.embedding_range
+            weights[name] = generator.standard_normal(shape, dtype=np.float32) * np.float32(scale)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -131,8 +136,10 @@ def _write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None
     merges = [(left, right) for left, right in model["merges"]]
     reserved = [text for text in model["vocab"] if text.startswith("<|reserved_")]
     pieces = pieces_from_bpe(model["vocab"], merges, special=LLAMA_SPECIAL, unused=reserved)
-    ids = tokenizer.convert_tokens_to_ids(["<s>", "<|im_end|>", "<pad>"])
-    path.write_bytes(sentencepiece_model(pieces, bos_id=ids[0], eos_id=ids[1], pad_id=ids[2]))
+    vocab = model["vocab"]
+    path.write_bytes(
+        sentencepiece_model(pieces, bos_id=vocab["<s>"], eos_id=vocab["<|im_end|>"], pad_id=vocab["<pad>"])
+    )
 
 
 _README = """---

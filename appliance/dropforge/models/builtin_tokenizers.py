@@ -1,13 +1,14 @@
 """The tokenizers of the builtin models, trained on builtin_corpus.txt. Same text in, same bytes out.
 
-Both are exact in llama.cpp too: the Llama kind through its tokenizer.model, the Qwen kind because its pre-tokenizer is Qwen2's.
+Both are exact in llama.cpp too: the Llama kind through its tokenizer.model, the Qwen kind because its pre-tokenizer
+is Qwen2's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dropforge.models.sentencepiece_file import byte_piece
 from dropforge.models.templates import TEMPLATES
@@ -34,10 +35,10 @@ def corpus() -> str:
 
 
 def llama_tokenizer() -> PreTrainedTokenizerBase:
-    """SentencePiece-type BPE with byte fallback and without a space prefix; bos <s> is added, the end token is <|im_end|>.
+    """SentencePiece-type BPE with byte fallback, without a space prefix; adds bos <s>, the end token is <|im_end|>.
 
-    No prefix, because with one llama.cpp puts a space after every special token while the Hugging Face tokenizer puts it only
-    at the start of the text.
+    No prefix, because with one llama.cpp puts a space after every special token while the Hugging Face tokenizer
+    puts it only at the start of the text.
     """
     from transformers import LlamaTokenizer
 
@@ -56,8 +57,9 @@ def qwen_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import Qwen2Tokenizer
 
     vocab, merges = _qwen_pieces()
+    no_token: Any = None  # transformers declares its token arguments as str, and takes None for "there is none"
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=merges, unk_token=None, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        vocab=vocab, merges=merges, unk_token=no_token, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"], model_max_length=MAX_LENGTH, padding_side="right",
     )  # fmt: skip
     tokenizer.chat_template = TEMPLATES["chatml"].text
@@ -96,7 +98,7 @@ def _ambiguous(splits: list[tuple[str, str]]) -> bool:
     return any(right == left for first in splits for left, _ in splits if (right := first[1]) and first[0] != left)
 
 
-def _qwen_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _qwen_pieces() -> tuple[dict[str, int], Any]:
     import json
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers

@@ -1,9 +1,9 @@
 """Write a SentencePiece `tokenizer.model` without the protobuf package.
 
-Why: transformers 5 saves only tokenizer.json, and llama.cpp's converter needs tokenizer.model to read a Llama-type vocabulary
-right (without it every piece gets the same score and texts are cut differently, silently). The file is a protocol buffer
-message `ModelProto` with three fields that matter here: pieces (1), trainer_spec (2), normalizer_spec (3); field numbers are
-those of sentencepiece_model.proto.
+Why: transformers 5 saves only tokenizer.json, and llama.cpp's converter needs tokenizer.model to read a Llama-type
+vocabulary right (without it every piece gets the same score and texts are cut differently, silently). The file is a
+protocol buffer message `ModelProto` with three fields that matter here: pieces (1), trainer_spec (2),
+normalizer_spec (3); field numbers are those of sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def sentencepiece_model(
 
     An id of -1 means that the vocabulary has no such token. `add_dummy_prefix` puts a space before every text.
     """
-    body = bytearray()
-    count = 0
-    for piece in pieces:
-        body += _field(1, _piece(piece))
-        count += 1
-    trainer = {3: _BPE, 4: count, 35: 1, 40: unk_id, 41: bos_id, 42: eos_id, 43: pad_id}
+    listed = list(pieces)
+    body = b"".join(_field(1, _piece(piece)) for piece in listed)
+    # Readers look the special tokens up by their text (fields 45 to 48), not by the id.
+    ids = {45: unk_id, 46: bos_id, 47: eos_id, 48: pad_id}
+    names = b"".join(_field(number, listed[id_].text.encode()) for number, id_ in ids.items() if id_ >= 0)
+    trainer = _integers({3: _BPE, 4: len(listed), 35: 1, 40: unk_id, 41: bos_id, 42: eos_id, 43: pad_id}) + names
     normalizer = _field(1, b"identity") + _integers({3: int(add_dummy_prefix), 4: 0, 5: 1})
-    return bytes(body) + _field(2, _integers(trainer)) + _field(3, normalizer)
+    return body + _field(2, trainer) + _field(3, normalizer)
 
 
 def byte_piece(value: int) -> str:
@@ -70,8 +70,8 @@ def pieces_from_bpe(
     """Pieces in id order from the vocabulary and merges of a tokenizer.json of the Llama type.
 
     A merged piece scores minus the rank of its first merge, so that the best-scored pair is the first merge. Single
-    characters never compete with each other and come after all merges. `special` pieces become CONTROL, `unused` ones UNUSED.
-    Raises ValueError unless the ids are 0..n-1 without a gap.
+    characters never compete with each other and come after all merges. `special` pieces become CONTROL, `unused`
+    ones UNUSED. Raises ValueError unless the ids are 0..n-1 without a gap.
     """
     rank: dict[str, int] = {}
     for index, (left, right) in enumerate(merges):

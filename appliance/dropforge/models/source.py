@@ -1,4 +1,4 @@
-"""Where a model comes from: made on the spot, a folder under models/, or the Hugging Face hub. Only safetensors weights."""
+"""Where a model comes from: made on the spot, a folder under models/, or the hub. Only safetensors weights."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class ModelSource:
 def resolve_model(model: ModelSpec, *, root: DataRoot, offline: bool = False) -> ModelSource:
     """Find the model, fetching or making it if needed.
 
-    A folder under models/ wins over a hub id of the same name, unless a revision is asked for. `offline` uses only what was
-    fetched before. Raises ModelError (unknown, incomplete, pickle-only, auth, remote code) or EnvironmentFault (offline).
+    A folder under models/ wins over a hub id of the same name, unless a revision is asked for. `offline` uses only
+    what was fetched before. Raises ModelError (unknown, incomplete, pickle-only, auth, remote code) or
+    EnvironmentFault (offline).
     """
     if model.id.startswith(BUILTIN_PREFIX):
         return _builtin(model.id)
@@ -72,7 +73,7 @@ def _builtin(model_id: str) -> ModelSource:
 
 
 def _build_once(name: str, folder: Path) -> None:
-    """Build beside the final place and rename; when two processes race, the first one wins and both have equal bytes."""
+    """Build beside the final place and rename; when two processes race, the first wins, and both have equal bytes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".tmp-{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""Chat templates by name. Each is written from its family's published prompt format, in Jinja that llama.cpp runs too."""
+"""Chat templates by name, written from each family's published prompt format, in Jinja that llama.cpp runs too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# No default system message, no trimming: what the user wrote is what the model sees, so that answers can be found again.
+# No default system message, no trimming: what the user wrote is what the model sees, so that answers can be found
+# again.
 _CHATML_TURNS = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"

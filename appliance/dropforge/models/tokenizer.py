@@ -1,4 +1,4 @@
-"""Load a tokenizer that is fit to train a chat model: a chat template, a pad token of its own, an end token that ends turns."""
+"""Load a tokenizer that is fit to train a chat model: with a chat template and a pad token of its own."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str) -> tuple[s
 def _use(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     """Set the template without making new tokens.
 
-    A vocabulary without the template's end marker ends turns with its own end token instead; the start marker is then ordinary
-    text. New tokens would need embeddings that LoRA does not train.
+    A vocabulary without the template's end marker ends turns with its own end token instead; the start marker is
+    then ordinary text. New tokens would need embeddings that LoRA does not train.
     """
     vocabulary = tokenizer.get_vocab()
     text, repairs = template.text, []

@@ -12,8 +12,10 @@ import triton.language as tl
 
 from dropforge_kernels.ops._common import as_rows
 
-BLOCK = 2048
-WARPS = 4
+# Measured on an H200: everything from 512 to 4,096 is within 2% of the copy speed, except that the erf of the exact
+# GeGLU wants at most 16 elements a thread.
+BLOCK = 1024
+WARPS = 2
 
 SILU, GELU_EXACT, GELU_TANH, CLAMPED = range(4)
 _GELU_EXACT: tl.constexpr = tl.constexpr(GELU_EXACT)

@@ -117,8 +117,8 @@ def forward_kernel(
 @triton.jit
 def _backward_tiles(
     dy_ptr, x_ptr, weight_ptr, dx_ptr, dy_batch, dy_token, dy_head, x_batch, x_token, x_head, chunk, program, programs,
-    cos_ptr, sin_ptr, positions_ptr, partial_ptr, table_stride, table_rows, tokens, sequence, steps, eps, offset,
-    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    cos_ptr, sin_ptr, positions_ptr, partial_ptr, partial_row, table_stride, table_rows, tokens, sequence, steps, eps,
+    offset, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ROPE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -184,7 +184,7 @@ def _backward_tiles(
         if REST > 0:
             tl.store(dx_ptr + out + last, (rstd * (dc - c * mean)).to(dtype), mask=last_mask)
     if WEIGHT_GRADIENT:
-        base = partial_ptr + tl.program_id(0).to(tl.int64) * D
+        base = partial_ptr + partial_row.to(tl.int64) * D
         tl.store(base + first, tl.sum(sum_a, axis=0)[None, :], mask=pair < HALF)
         tl.store(base + second, tl.sum(sum_b, axis=0)[None, :], mask=pair < HALF)
         if REST > 0:
@@ -204,24 +204,26 @@ def norm_backward_kernel(
     """Gradient through the rotation, then the norm. rstd is computed again from x, which has to be read anyway.
 
     g = turn back(dy) * w;  n = x * rstd;  dx = rstd * (g - n * mean(g * n));  dw = sum of turn back(dy) * n over
-    rows, of this program's ``steps`` token blocks, into its row of ``partial`` (programs, chunks, D).
+    rows, of this program's ``steps`` token blocks, into its row of ``partial``: first (programs, chunks of q), then
+    those of k.
     """
     Q_CHUNKS: tl.constexpr = (Q_HEADS + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = Q_CHUNKS + (K_HEADS + BLOCK_N - 1) // BLOCK_N
     chunk = tl.program_id(0) % CHUNKS
     program = tl.program_id(0) // CHUNKS
     programs = tl.num_programs(0) // CHUNKS
+    k_row = programs * Q_CHUNKS + program * (CHUNKS - Q_CHUNKS) + chunk - Q_CHUNKS
     if chunk < Q_CHUNKS:
         _backward_tiles(
             dq_ptr, q_ptr, q_weight_ptr, dq_in_ptr, dq_batch, dq_token, dq_head, q_batch, q_token, q_head, chunk,
-            program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, table_stride, table_rows, tokens,
-            sequence, steps, eps, offset, Q_HEADS, D, HALF, PAIRS, REST, BLOCK_T, BLOCK_N, ROPE, HAS_WEIGHT,
-            HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT,
+            program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, program * Q_CHUNKS + chunk, table_stride,
+            table_rows, tokens, sequence, steps, eps, offset, Q_HEADS, D, HALF, PAIRS, REST, BLOCK_T, BLOCK_N, ROPE,
+            HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT,
         )  # fmt: skip
     else:
         _backward_tiles(
             dk_ptr, k_ptr, k_weight_ptr, dk_in_ptr, dk_batch, dk_token, dk_head, k_batch, k_token, k_head,
-            chunk - Q_CHUNKS, program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, table_stride,
+            chunk - Q_CHUNKS, program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, k_row, table_stride,
             table_rows, tokens, sequence, steps, eps, offset, K_HEADS, D, HALF, PAIRS, REST, BLOCK_T, BLOCK_N, ROPE,
             HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT,
         )  # fmt: skip

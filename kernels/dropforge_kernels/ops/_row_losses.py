@@ -89,7 +89,7 @@ def row_gradient(
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    lanes = lanes_for(vocabulary, 8)
+    lanes = lanes_for(vocabulary, 4)
     has_entropy = entropy is not None and entropy_upstream is not None
     row_gradient_kernel[(rows, triton.cdiv(vocabulary, lanes * WIDTH))](
         logits,
@@ -113,7 +113,7 @@ def row_gradient(
         HAS_ENTROPY=has_entropy,
         LANES=lanes,
         WIDTH=WIDTH,
-        num_warps=8,
+        num_warps=4,
     )
 
 

@@ -26,39 +26,51 @@ from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState, dynamic_m
 
 OP = "adamw"
 LOG2_10 = tl.constexpr(3.321928094887362)
+LOG10_2 = tl.constexpr(0.30102999566398120)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_OF_CELL = tl.constexpr(0.15200309344504995)  # log2(1 / 0.9): a decade's cells divide 0.9 of its end
 
 
 @triton.jit
 def _cell(relative, SIGNED: tl.constexpr):
-    """Index of the dynamic map's nearest value for 0 <= relative <= 1, counted from its zero."""
-    # Decades i = 0..6 end at 10^(i - 6). A value between decades belongs to the nearer middle: those lie 0.45 / n_i below the end of
-    # decade i (n_i cells) and 4.5 / n_(i+1) above it, so the border is 0.9 / n_i above the end when n_(i+1) = 2 n_i.
-    cells0 = 1.0 if SIGNED else 2.0
-    decade = tl.zeros(relative.shape, tl.int32)
-    for i in tl.static_range(0, 6):
-        border = (10.0 ** (i - 6)) * (1.0 + 0.9 / (cells0 * (2**i)))
-        decade += (relative >= border).to(tl.int32)
-    cells = cells0 * (1 << decade).to(tl.float32)
-    within = relative * tl.exp2((6 - decade).to(tl.float32) * LOG2_10)  # 0.1 .. 1 inside the decade
-    cell = tl.minimum(tl.maximum((within - 0.1) * (cells / 0.9), 0.0), cells - 1.0).to(tl.int32)
-    # codes before decade i: 1 (zero) + n_0 (2^i - 1)
-    index = cells.to(tl.int32) - (1 if SIGNED else 2) + 1 + cell
-    first = 1e-6 * (0.1 + 0.45 / cells0)
-    index = tl.where(relative < 0.5 * first, 0, index)
-    last = 1.0 - 0.45 / (cells0 * 64.0)
-    return tl.where(relative >= 0.5 * (1.0 + last), 128 if SIGNED else 255, index)
+    """Index of the dynamic map's nearest value for 0 <= relative <= 1, counted from its zero.
+
+    Decade i = 0..6 ends at 10^(i - 6) and has n = n0 2^i cells; its codes start at index n - n0 + 1. In cells from the decade's start,
+    the border to the last cell of the decade below is 0.2 (half way between the two middles), whatever i is; the border to zero in
+    decade 0 and to 1.0 in decade 6 have values of their own. An inexact logarithm may name a neighbour for a value at a decade's end;
+    the clamps below then give the same cell.
+    """
+    n0: tl.constexpr = 1 if SIGNED else 2
+    zero_border: tl.constexpr = 0.19444444 if SIGNED else 0.13888889
+    decade = tl.ceil(tl.log2(tl.maximum(relative, 1e-8)) * LOG10_2 + 6.0)
+    decade = tl.minimum(tl.maximum(decade, 0.0), 6.0)
+    n_whole = n0 << decade.to(tl.int32)
+    n = n_whole.to(tl.float32)
+    cell = relative * tl.exp2(decade * (1.0 - LOG2_10) + (6.0 * LOG2_10 + LOG2_OF_CELL + n0 - 1)) - n * 0.11111111
+    border = tl.where(decade == 0.0, zero_border, 0.2)
+    index = n_whole + (1 - n0) + tl.minimum(tl.maximum(cell, 0.0), n - 1.0).to(tl.int32)
+    index -= (cell < border).to(tl.int32)
+    return tl.where(cell >= n0 * 64.0 - 0.25, 64 * n0 * 2 - n0 + 1, index)
 
 
 @triton.jit
 def _encode(value, absmax, SIGNED: tl.constexpr):
     """uint8 codes of [B, 256] values with absmax [B]."""
-    relative = value / tl.where(absmax > 0.0, absmax, 1.0)[:, None]
+    relative = value * (1.0 / tl.where(absmax > 0.0, absmax, 1.0))[:, None]
     if SIGNED:
-        size = _cell(tl.minimum(tl.abs(relative), 1.0), True)
-        code = tl.where(relative < 0.0, 127 - tl.minimum(size, 127), 127 + size)
+        size = _cell(tl.abs(relative), True)
+        code = 127 + tl.where(relative < 0.0, -tl.minimum(size, 127), size)
     else:
-        code = tl.maximum(_cell(tl.minimum(relative, 1.0), False), (relative > 0.0).to(tl.int32))
+        code = tl.maximum(_cell(relative, False), (relative > 0.0).to(tl.int32))
     return code.to(tl.uint8)
+
+
+@triton.jit
+def _correction(steps, ln_beta):
+    """1 - beta^steps in fp32 without cancellation: a series near beta^steps = 1."""
+    y = tl.maximum(steps * ln_beta, -100.0)
+    series = -y * (1.0 + y * 0.5 * (1.0 + y * 0.33333333 * (1.0 + y * 0.25 * (1.0 + y * 0.2))))
+    return tl.where(y > -0.1, series, 1.0 - tl.exp2(y * LOG2_E))
 
 
 @triton.jit
@@ -79,8 +91,8 @@ def _adamw_kernel(
     lr,
     beta1,
     beta2,
-    log2_beta1,
-    log2_beta2,
+    ln_beta1,
+    ln_beta2,
     eps,
     weight_decay,
     max_norm,
@@ -104,9 +116,9 @@ def _adamw_kernel(
     if LR_TENSOR:
         lr = tl.load(lr_ptr).to(tl.float32)
     if proceed:
-        t = (step + 1).to(tl.float64)
-        correction1 = (1.0 - tl.exp2(t * log2_beta1)).to(tl.float32)
-        correction2 = tl.sqrt((1.0 - tl.exp2(t * log2_beta2)).to(tl.float32))
+        t = (step + 1).to(tl.float32)
+        size = lr / _correction(t, ln_beta1)
+        unbias = 1.0 / tl.sqrt(_correction(t, ln_beta2))
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         mask = at < numel
@@ -123,7 +135,7 @@ def _adamw_kernel(
             v = tl.load(v_ptr + at, mask=mask, other=0.0)
         m += (1.0 - beta1) * (g - m)
         v += (1.0 - beta2) * (g * g - v)
-        p = p * (1.0 - lr * weight_decay) - lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
+        p = p * (1.0 - lr * weight_decay) - size * m / (tl.sqrt(v) * unbias + eps)
         tl.store(param_ptr + at, p.to(param_ptr.dtype.element_ty), mask=mask)
         if COPY:
             tl.store(copy_ptr + at, p.to(copy_ptr.dtype.element_ty), mask=mask)
@@ -197,8 +209,8 @@ def _launch(
         lr,
         beta1,
         beta2,
-        math.log2(beta1) if beta1 > 0 else -1e30,
-        math.log2(beta2) if beta2 > 0 else -1e30,
+        math.log(beta1) if beta1 > 0 else -1e4,
+        math.log(beta2) if beta2 > 0 else -1e4,
         eps,
         decay,
         max_norm if max_norm is not None else 0.0,

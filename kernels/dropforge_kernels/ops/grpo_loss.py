@@ -114,14 +114,14 @@ def _grpo_kernel(
             slope += beta * (1.0 - tl.where(tl.abs(difference) <= LIMIT, e, 0.0))
             kl_sum += tl.where(live, kl, 0.0)
         loss += tl.where(live, value, 0.0)
-        below += (live & (ratio < low) & (advantage < 0.0)).to(tl.float32)
-        above += (live & (ratio > high) & (advantage > 0.0)).to(tl.float32)
+        below += tl.where(live, (ratio < low).to(tl.float32), 0.0)
+        above += tl.where(live, (ratio > high).to(tl.float32), 0.0)
         tl.store(gradient_ptr + at, tl.where(live, slope * weight, 0.0).to(gradient_ptr.dtype.element_ty), mask=here)
     tl.store(sums_ptr + b * 5, tl.sum(loss, axis=0) * weight)
     tl.store(sums_ptr + b * 5 + 1, tokens)
     tl.store(sums_ptr + b * 5 + 2, tl.sum(kl_sum, axis=0))
-    tl.store(sums_ptr + b * 5 + 3, tl.sum(below, axis=0))
-    tl.store(sums_ptr + b * 5 + 4, tl.sum(above, axis=0))
+    tl.store(sums_ptr + b * 5 + 3, tl.where(advantage < 0.0, tl.sum(below, axis=0), 0.0))
+    tl.store(sums_ptr + b * 5 + 4, tl.where(advantage > 0.0, tl.sum(above, axis=0), 0.0))
 
 
 @torch.library.custom_op("dropforge::grpo_loss", mutates_args=())

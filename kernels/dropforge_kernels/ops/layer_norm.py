@@ -16,7 +16,8 @@ import triton.language as tl
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._common import as_rows, processors, register, row_block
+from dropforge_kernels.ops._common import as_rows, processors, register, row_block, summing_rows
+from dropforge_kernels.ops._sum_rows import sum_rows
 
 MAX_WIDTH = 65536
 
@@ -47,6 +48,7 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, rows, steps,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PARAMETERS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx for ``steps`` blocks of rows; the program's sums of dy * n and dy go to its two rows of ``partial``."""
     col = tl.arange(0, BLOCK_H)[None, :]
@@ -54,7 +56,7 @@ def _backward_kernel(
     if PARAMETERS:
         weight_sum = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         bias_sum = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         row_1d = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         row = row_1d[:, None]
         mask = (row < rows) & (col < WIDTH)
@@ -102,21 +104,24 @@ def _backward(dy, x, weight, mean, rstd, parameters):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block_h, block_r, warps = row_block(width)
     blocks = triton.cdiv(rows, block_r)
-    programs, partial = blocks, None
+    programs, partial, stages = blocks, None, 1
     if parameters:
-        programs = min(blocks, 4 * processors(x.device))
+        warps, per_processor, stages = summing_rows(width, x.element_size())
+        programs = min(blocks, per_processor * processors(x.device))
         partial = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, partial, dy_stride, x_stride, rows, triton.cdiv(blocks, programs),
-            width, block_h, block_r, parameters, num_warps=warps,
+            width, block_h, block_r, parameters, stages, num_warps=warps,
         )  # fmt: skip
     return dx, partial
 
 
 def _backward_op(dy, x, weight, mean, rstd, parameters):
     dx, partial = _backward(dy, x, weight, mean, rstd, parameters)
-    return dx, dx.new_empty((2, 0), dtype=torch.float32) if partial is None else partial.sum(0)
+    return dx, dx.new_empty((2, 0), dtype=torch.float32) if partial is None else sum_rows(
+        partial.view(-1, 2 * x.shape[-1]), torch.float32
+    ).view(2, -1)
 
 
 def _forward_fake(x, weight, bias, eps):

@@ -41,22 +41,28 @@ def nf4_dequantize_kernel(
     BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS quantisation blocks of BYTES bytes: one scale per row of the tile, four bytes to eight values per thread and row."""
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    live = block < blocks
+    """BLOCKS quantisation blocks of BYTES bytes. The 16 values are looked up in shared memory (tl.gather), where 16 neighbouring words
+    never conflict; a lookup in device memory would also force the tile through a layout change on its way in and out.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    row = tl.arange(0, BLOCKS)
+    live = first + row < blocks
+    byte = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
+    left = (numel + 1) // 2 - first * BYTES
+    both = tl.load(packed_ptr + first * BYTES + byte, mask=byte < left, other=0).to(tl.int32)
     if NESTED:
-        level = tl.load(absmax_ptr + block, mask=live, other=0).to(tl.int32)
-        scale = tl.load(nested_code_ptr + level) * tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=live, other=0.0)
+        level = tl.load(absmax_ptr + first + row, mask=live, other=0).to(tl.int32)
+        group = (first + row) // NESTED_BLOCK
+        scale = tl.load(nested_code_ptr + level) * tl.load(nested_absmax_ptr + group, mask=live, other=0.0)
         scale += tl.load(nested_offset_ptr)
     else:
-        scale = tl.load(absmax_ptr + block, mask=live, other=0.0)
-    byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    both = tl.load(packed_ptr + byte, mask=byte < (numel + 1) // 2, other=0).to(tl.int32)
-    high = tl.load(code_ptr + (both >> 4)) * scale[:, None]
-    low = tl.load(code_ptr + (both & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(high, low), (BLOCKS, 2 * BYTES))
-    at = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < numel)
+        scale = tl.load(absmax_ptr + first + row, mask=live, other=0.0)
+    nibbles = tl.reshape(tl.join(both >> 4, both & 15), (2 * BLOCKS * BYTES,))
+    values = tl.gather(tl.load(code_ptr + tl.arange(0, 16)), nibbles, 0)
+    values = tl.reshape(values, (BLOCKS, 2 * BYTES)) * scale[:, None]
+    at = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    out_ptr += first * (2 * BYTES)
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < numel - first * (2 * BYTES))
 
 
 def _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize):

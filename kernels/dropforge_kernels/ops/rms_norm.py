@@ -17,7 +17,8 @@ import triton.language as tl
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._common import as_rows, processors, register, row_block
+from dropforge_kernels.ops._common import as_rows, processors, register, row_block, summing_rows
+from dropforge_kernels.ops._sum_rows import sum_rows
 
 MAX_WIDTH = 65536
 ROUNDINGS = ("llama", "gemma")
@@ -58,7 +59,7 @@ def _backward_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
     dy_stride, ds_stride, s_stride, rows, steps, offset,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_DS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
+    HAS_DS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx for ``steps`` blocks of BLOCK_R rows per program, in fp32; the program's sum of dy * n goes to its row of
     ``partial``.
@@ -68,7 +69,7 @@ def _backward_kernel(
         weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32) + offset
     if WEIGHT_GRADIENT:
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         block = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         row_1d = block * BLOCK_R + tl.arange(0, BLOCK_R)
         row = row_1d[:, None]
@@ -140,17 +141,18 @@ def rms_norm_backward(
         ds, ds_stride = as_rows(ds)
     block_h, block_r, warps = row_block(width)
     blocks = triton.cdiv(rows, block_r)
-    programs, partial = blocks, None
+    programs, partial, stages = blocks, None, 1
     if weight_gradient:
-        # Few programs, so that the partial sums stay a few per cent of the traffic.
-        programs = min(blocks, 4 * processors(s.device))
+        warps, per_processor, stages = summing_rows(width, s.element_size())
+        programs = min(blocks, per_processor * processors(s.device))
         partial = torch.empty((programs, width), dtype=torch.float32, device=s.device)
     if rows:
         _backward_kernel[(programs,)](
             dy, ds, s, weight, rstd, dx, partial, dy_stride, ds_stride, s_stride, rows, triton.cdiv(blocks, programs),
-            offset, width, block_h, block_r, ds is not None, weight is not None, weight_gradient, num_warps=warps,
+            offset, width, block_h, block_r, ds is not None, weight is not None, weight_gradient, stages,
+            num_warps=warps,
         )  # fmt: skip
-    return dx, partial.sum(0).to(weight.dtype) if weight_gradient else None
+    return dx, sum_rows(partial, weight.dtype) if weight_gradient else None
 
 
 def _forward_op(x, weight, eps, offset, llama):

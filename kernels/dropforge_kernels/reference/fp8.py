@@ -10,7 +10,12 @@ BLOCK = 128
 
 
 def _codes(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    return (x * (E4M3_MAX / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (x * (torch.full_like(amax, E4M3_MAX) / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _scale(amax: torch.Tensor) -> torch.Tensor:
+    # A Python number here (and in _codes) would make torch multiply by a rounded reciprocal; two tensors are divided.
+    return amax / torch.full_like(amax, E4M3_MAX)
 
 
 def _tiles(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +30,7 @@ def fp8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = x.float()
     amax = wide.abs().amax(dim=-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
     amax = torch.where(amax < SMALLEST_AMAX, torch.full_like(amax, SMALLEST_AMAX), amax)  # keeps NaN
-    return _codes(wide, amax[..., None]), amax / E4M3_MAX
+    return _codes(wide, amax[..., None]), _scale(amax)
 
 
 def fp8_quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +38,7 @@ def fp8_quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tiles = _tiles(x.float())
     amax = tiles.abs().amax(dim=(2, 3)) if tiles.numel() else tiles.new_zeros(tiles.shape[:2])
     amax = torch.where(amax < SMALLEST_AMAX, torch.full_like(amax, SMALLEST_AMAX), amax)
-    return _codes(x.float(), _spread(amax, x.shape)), amax / E4M3_MAX
+    return _codes(x.float(), _spread(amax, x.shape)), _scale(amax)
 
 
 def fp8_dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:

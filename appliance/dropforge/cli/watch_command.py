@@ -1,0 +1,46 @@
+"""watch: the daemon in the foreground. Logs to standard error; the first SIGTERM saves and ends, a second one kills."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from argparse import Namespace
+
+from dropforge.cli.output import data_root
+from dropforge.daemon.loop import Daemon, DaemonOptions
+from dropforge.hardware import probe
+from dropforge.paths import DataRoot
+from dropforge.schema import SCHEMA_FILE
+from dropforge.settings import settings
+
+
+def watch(arguments: Namespace) -> int:
+    root = data_root(arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
+    )
+    copy_schema(root)
+    with Daemon(root, options=daemon_options(root)) as daemon:
+        daemon.run()
+    return 0
+
+
+def daemon_options(root: DataRoot, *, warm: bool = True) -> DaemonOptions:
+    """What the settings and this machine's GPUs say."""
+    chosen = settings()
+    return DaemonOptions(
+        poll_seconds=chosen.poll_seconds,
+        settle_seconds=chosen.settle_seconds,
+        grace_seconds=chosen.grace_seconds,
+        warm=warm,
+        gpus=tuple(gpu.uuid for gpu in probe(root.path).gpus),
+    )
+
+
+def copy_schema(root: DataRoot) -> None:
+    """Put the JSON Schema beside the data, so that editors can check specs while they are written."""
+    from dropforge.files import write_bytes
+
+    target, text = root.schema / SCHEMA_FILE.name, SCHEMA_FILE.read_bytes()
+    if not target.exists() or target.read_bytes() != text:
+        write_bytes(target, text)

@@ -1,0 +1,183 @@
+"""Bad files end in one clear error that names the file and the row; nothing is dropped silently."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+GOOD = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good morning"}]}
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+FILES = [
+    # name, content, code, where, a word of what/why/fix
+    ("missing.jsonl", None, "data-missing", "data.train", "missing.jsonl"),
+    ("empty.jsonl", "", "data-empty", "empty.jsonl", "no rows"),
+    ("blank.jsonl", "\n \n", "data-empty", "blank.jsonl", "no rows"),
+    ("empty.json", "", "data-empty", "empty.json", "no rows"),
+    ("empty-list.json", "[]", "data-empty", "empty-list.json", "no rows"),
+    ("header-only.csv", "prompt,completion\n", "data-empty", "header-only.csv", "no rows"),
+    ("empty.txt", " \n", "data-empty", "empty.txt", "no rows"),
+    (
+        "latin.csv",
+        "prompt,completion\na,b\nca va,\xe7a va\n".encode("latin-1"),
+        "data-encoding",
+        "latin.csv:3",
+        "cp1252",
+    ),
+    ("latin.jsonl", b'{"prompt": "a", "completion": "\x81\xff"}\n', "data-encoding", "latin.jsonl:1", "iso-8859-1"),
+    ("wide.csv", "prompt,completion\na,b\n".encode("utf-16"), "data-encoding", "wide.csv:1", "UTF-16"),
+    ("wide32.csv", "prompt,completion\na,b\n".encode("utf-32"), "data-encoding", "wide32.csv:1", "UTF-32"),
+    ("binary.jsonl", bytes(range(256)) * 4, "data-encoding", "binary.jsonl:1", "binary"),
+    ("broken.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n', "data-parse", "broken.jsonl:2", "column"),
+    ("array.jsonl", '{"prompt": "a", "completion": "b"}\n[1, 2]\n', "data-parse", "array.jsonl:2", "list"),
+    ("deep.jsonl", "[" * 200_000 + "\n", "data-parse", "deep.jsonl:1", "deep"),
+    ("broken.json", '[\n{"prompt": "a"},\n{"prompt" "b"}\n]', "data-parse", "broken.json:3", "delimiter"),
+    ("one.json", '{"prompt": "a", "completion": "b"}', "data-parse", "one.json", "list"),
+    ("mixed.json", '[{"prompt": "a", "completion": "b"}, 3]', "data-parse", "mixed.json:2", "number"),
+    ("quote.csv", 'prompt,completion\na,b\nc,"d"e\n', "data-parse", "quote.csv:3", "doubled"),
+    ("open.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "data-parse", "open.csv:3", "closed"),
+    ("ragged.csv", "prompt,completion\na,b\nc,d,e\n", "data-parse", "ragged.csv:3", "3 cells"),
+    ("twice.csv", "prompt,prompt\na,b\n", "data-parse", "twice.csv:1", "twice"),
+    ("unnamed.csv", "prompt,,x\na,b,c\n", "data-parse", "unnamed.csv:1", "no name"),
+    ("fake.xlsx", "prompt,completion\na,b\n", "data-parse", "fake.xlsx", "Excel"),
+    ("fake.parquet", "prompt,completion\na,b\n", "data-parse", "fake.parquet", "Parquet"),
+    ("data.exe", "x", "data-type-unknown", "data.exe", "known:"),
+    ("foreign.csv", "city,country\nParis,France\n", "data-format-unknown", "foreign.csv", "'city', 'country'"),
+    (
+        "pairs.jsonl",
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+        "data-format-later",
+        "pairs.jsonl",
+        "preference",
+    ),
+    ("prompts.csv", "prompt\na\n", "data-format-later", "prompts.csv", "prompt"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "code", "where", "word"), FILES, ids=[entry[0] for entry in FILES])
+def test_bad_files(bench, name, content, code, where, word):
+    if content is not None:
+        bench.write(name, content)
+    error = bench.error(name)
+    problem = error.problems[0]
+    assert (problem.code, problem.where) == (code, where)
+    assert word in str(error)
+    assert problem.what
+
+
+ROWS = [
+    (chat(("user", "hi")), "data-no-assistant", "user"),
+    (chat(("user", "hi"), ("wizard", "abracadabra")), "data-role-unknown", "wizard"),
+    (chat(("user", "hi"), ("tool", "42"), ("assistant", "42")), "data-format-later", "tool"),
+    ({"messages": "hi"}, "data-row-invalid", "str"),
+    ({"messages": ["hi", "ho"]}, "data-row-invalid", "turn 1"),
+    (chat(("user", [{"type": "image", "image": "x"}]), ("assistant", "a cat")), "data-format-later", "image"),
+    (chat(("user", {"a": 1}), ("assistant", "a")), "data-row-invalid", "dict"),
+    (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]},
+        "data-format-later",
+        "calls a tool",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "code", "word"), ROWS, ids=[entry[1] + "-" + entry[2] for entry in ROWS])
+def test_bad_rows_are_named_by_number(bench, row, code, word):
+    error = bench.error(bench.jsonl("chat.jsonl", [GOOD] * 700 + [row, GOOD]))
+    assert (error.code, error.problems[0].where) == (code, "chat.jsonl:701")
+    assert word in str(error)
+
+
+def test_a_prompt_that_is_not_text(bench):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": {"x": 1}}]
+    error = bench.error(bench.jsonl("a.jsonl", rows))
+    assert (error.code, error.problems[0].where) == ("data-row-invalid", "a.jsonl:2")
+
+
+def test_empty_contents_are_dropped_counted_and_named(bench):
+    rows = [
+        GOOD,
+        chat(("user", "hi"), ("assistant", " ")),
+        {"messages": []},
+        {"messages": None},
+        chat(("user", ""), ("assistant", "x")),
+    ]
+    report = bench.prepare(bench.jsonl("a.jsonl", rows)).report
+    assert (report.rows, report.rows_read, report.rows_dropped) == (1, 5, 4)
+    assert report.dropped[0] == ("a.jsonl:2", "an answer is empty")
+    assert report.dropped_reasons == {
+        "the conversation is empty": 2,
+        "an answer is empty": 1,
+        "the question is empty": 1,
+    }
+    assert "4 rows dropped, the first is a.jsonl:2: an answer is empty" in report.warnings
+    assert "warning: 4 rows dropped, the first is a.jsonl:2: an answer is empty" in bench.said
+
+
+def test_only_the_first_dropped_rows_are_listed(bench):
+    report = bench.prepare(bench.jsonl("a.jsonl", [GOOD] + [chat(("user", "q"), ("assistant", ""))] * 50)).report
+    assert (len(report.dropped), report.rows_dropped) == (20, 50)
+
+
+def test_nothing_left_to_learn(bench):
+    error = bench.error(bench.jsonl("a.jsonl", [chat(("user", "q"), ("assistant", ""))] * 3))
+    assert (error.code, error.problems[0].where) == ("data-all-masked", "a.jsonl:1")
+    assert "3 rows: an answer is empty" in str(error)
+
+
+def test_answers_that_are_truncated_away(bench):
+    long = chat(("user", "the river " * 100), ("assistant", "yes"))
+    report = bench.prepare(bench.jsonl("a.jsonl", [long, GOOD]), length=40).report
+    assert (report.rows, report.rows_dropped) == (1, 1)
+    assert "no answer begins within the first 40 tokens" in report.dropped[0][1]
+    error = bench.error(bench.jsonl("b.jsonl", [long]), length=40)
+    assert error.code == "data-all-masked"
+    assert error.problems[0].fix == "raise model.max_seq_length"
+
+
+def test_truncation_is_counted_and_labels_stay_aligned(bench):
+    row = chat(("user", "hi"), ("assistant", "the river " * 100))
+    data = bench.prepare(bench.jsonl("a.jsonl", [row]), length=40)
+    assert (data.report.truncated, data.report.longest) == (1, 40)
+    assert bench.learnt(data.train[0]).startswith("the river the river")
+    assert len(data.train[0]["labels"]) == len(data.train[0]["input_ids"]) == 40
+
+
+def test_a_forced_format_that_does_not_fit(bench):
+    error = bench.error({"train": bench.write("a.csv", "question,answer\na,b\n"), "format": "alpaca"})
+    assert error.code == "data-column-missing"
+    assert "'question', 'answer'" in str(error)
+    assert "instruction" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "word"),
+    [
+        ("Capital of {Land}?", "data-column-missing", "Land"),
+        ("Capital of {Country?", "data-column-template", "single '{'"),
+        ("[[ always ]] {Country}", "data-column-template", "must name a column"),
+        ("Capital of {}?", "data-column-template", "without a column name"),
+    ],
+)
+def test_column_templates_that_do_not_fit(bench, prompt, code, word):
+    name = bench.write("a.csv", "Country,City\nPeru,Lima\n")
+    error = bench.error({"train": name, "format": {"columns": {"prompt": prompt, "response": "City"}}})
+    assert error.code == code
+    assert word in str(error)
+
+
+def test_a_split_that_is_not_understood(bench):
+    name = bench.jsonl("a.jsonl", [GOOD])
+    assert bench.error([{"path": name, "split": "test[:10%]"}]).code == "data-split"
+
+
+def test_errors_are_the_same_object_as_json(bench):
+    error = bench.error(bench.jsonl("a.jsonl", [chat(("user", "hi"))]))
+    problem = json.loads(json.dumps(error.as_dict()))["problems"][0]
+    assert set(problem) == {"code", "what", "where", "why", "fix"}
+    assert all(problem.values())
