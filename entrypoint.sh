@@ -49,7 +49,7 @@ if [[ $(id -u) == 0 ]]; then
 			fail "USER_PASSWORD: sudo could not be set up (is the root file system read-only?)"
 	fi
 	/opt/dropforge/hooks.sh /etc/dropforge/before-start.d
-	chown "$uid" /proc/self/fd/1 /proc/self/fd/2 2>/dev/null || true # so that services can open their log by name
+	chown "$uid" /proc/$$/fd/1 /proc/$$/fd/2 || true # so that services can open their log by name
 	exec setpriv --reuid "$uid" --regid "$gid" --clear-groups env DROPFORGE_STARTED_BY=root "$0" "$@"
 fi
 

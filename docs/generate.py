@@ -172,6 +172,7 @@ PAGES = {
     "docs/reference/cli.md": cli_page,
     "docs/reference/environment.md": environment_page,
     "docs/reference/errors.md": errors_page,
+    "docs/reference/states.md": states_page,
 }
 
 

@@ -96,7 +96,9 @@ def train(
     torch.set_num_threads(plan.cpu_threads)
 
     tokenizer, template = load_tokenizer(source.path, template=spec.data.template)
-    data = prepare_data(spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text))
+    data = prepare_data(
+        spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text), work=run.path / "cache"
+    )
     stop.raise_if_requested()
     model = load_model(source, plan=plan, vocab_size=len(tokenizer))
     model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.device == "cuda")

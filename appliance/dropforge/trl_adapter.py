@@ -68,8 +68,15 @@ class JobSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer whose checkpoints go through a CheckpointStore."""
 
     def __init__(self, *args: Any, store: CheckpointStore, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(*args, **kwargs)
         self._store = store
+        # TRL rounds what is trained beside quantised weights to bf16, which loses small updates, and a resumed run
+        # would go on in fp32: not the same run. Keep fp32.
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.data = trained[name]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

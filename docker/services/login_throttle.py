@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from jupyter_server.auth.identity import PasswordIdentityProvider, User
 from tornado.web import HTTPError, RequestHandler
@@ -63,6 +64,9 @@ class ThrottledLogin(PasswordIdentityProvider):
     """Password login with a Throttle. Passwords are taken as typed: leading and trailing spaces count."""
 
     throttle = Throttle()
+
+    def validate_security(self, app: Any, ssl_options: dict[str, Any] | None = None) -> None:
+        """Nothing to warn about: in a container the server must listen on every address, and there is a password."""
 
     def process_login_form(self, handler: RequestHandler) -> User | None:
         """The user, or None for a wrong password. Raises 429 while the login is closed."""

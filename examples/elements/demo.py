@@ -79,10 +79,9 @@ def wait(environment: dict[str, str], file: str, daemon: subprocess.Popen[bytes]
             now = time.monotonic()
             if job["state"] != shown[0] or now - shown[1] > 10:
                 status = job["status"]
-                step = f"step {status.get('step')}/{status.get('total_steps')}, loss {status.get('loss')}"
-                print(
-                    f"    {job['id']}: {job['state']}" + (f", {step}" if job["state"] == "training" else ""), flush=True
-                )
+                step = f", step {status['step']}/{status['total_steps']}" if status.get("total_steps") else ""
+                training = job["state"] == "training"
+                print(f"    {job['id']}: {job['state']}{step if training else ''}", flush=True)
                 shown = (job["state"], now)
             if job["state"] in {"succeeded", "partial", "failed", "rejected", "cancelled", "held"}:
                 return job

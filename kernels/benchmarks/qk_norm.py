@@ -67,6 +67,6 @@ def cases(engines: frozenset[str]) -> Iterator[Case]:
         here = chosen(providers, engines, shape, tokens)
         yield from both_directions(
             "qk_norm_rope", shape, tokens, here, (q, k, *weights, *tables),
-            forward_bytes=2 * size + 4 * tokens * shape.head_dim,
-            backward_bytes=3 * size + 4 * tokens * shape.head_dim, check=partial(_check, shape),
+            forward_bytes=2 * size + 2 * tokens * shape.head_dim,
+            backward_bytes=3 * size + 2 * tokens * shape.head_dim, check=partial(_check, shape),
         )  # fmt: skip

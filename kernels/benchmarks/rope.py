@@ -11,11 +11,11 @@ from runner import Case, Shape
 
 
 def table(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (T, D / 2) in fp32."""
+    """cos and sin (T, D / 2) in bf16, the dtype in which models hand them on."""
     angles = torch.arange(tokens, device="cuda")[:, None] * 10000.0 ** -(
         torch.arange(width // 2, device="cuda") / width
     )
-    return angles.cos(), angles.sin()
+    return angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
 
 
 @lru_cache(maxsize=16)
@@ -52,11 +52,11 @@ def _providers(engines: frozenset[str]) -> dict:
 
 
 def tables_for(engines: frozenset[str], tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same angles in the form each engine takes: every angle once, or repeated for both halves in bf16."""
+    """The same angles in the form each engine takes: every angle once, or repeated for both halves."""
     cos, sin = table(tokens, width)
     if "ours" in engines:
         return cos, sin
-    cos, sin = (torch.cat((t, t), -1).to(torch.bfloat16) for t in (cos, sin))
+    cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
     return (cos[None], sin[None]) if "liger" in engines else (cos, sin)
 
 
@@ -67,7 +67,7 @@ def cases(engines: frozenset[str]) -> Iterator[Case]:
         q = randn(1, tokens, shape.heads, shape.head_dim)
         k = randn(1, tokens, shape.kv_heads, shape.head_dim)
         tables = tables_for(engines, tokens, shape.head_dim)
-        size = 2 * (q.nbytes + k.nbytes) + 4 * tokens * shape.head_dim
+        size = 2 * (q.nbytes + k.nbytes) + 2 * tokens * shape.head_dim
         here = chosen(providers, engines, shape, tokens)
         yield from both_directions(
             "rope", shape, tokens, here, (q, k, *tables),

@@ -117,7 +117,7 @@ def memorise(bench: Bench, folder: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.05, "the facts are not known by heart"
+    assert loss.item() < 0.05, "the facts are not known by heart"
     model.save_pretrained(folder)
 
 

@@ -27,10 +27,14 @@ def test_the_number_of_tokens_is_a_limit(memorised):
 
 
 def test_the_system_message_is_part_of_the_conversation(memorised):
-    """The model was never trained with one, so that the answer to a bare question changes."""
+    from dropforge.llama_cpp.server import LlamaServer
+
     result, _ = memorised
-    question, whole = next(iter(FACTS.items()))
-    assert answer(result.path, [question], max_tokens=30, system="x y z " * 20) != [whole]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    with LlamaServer(choose_gguf(result.path), context=512) as server:
+        assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi" in server.apply_template(messages)
+        whole = server.chat(messages, max_tokens=8)
+    assert answer(result.path, ["Hi"], max_tokens=8, system="Be brief.") == [whole]
 
 
 def test_a_conversation_remembers_until_it_is_cleared(memorised):
@@ -43,7 +47,7 @@ def test_a_conversation_remembers_until_it_is_cleared(memorised):
     assert next(lines) == "never read"
 
 
-def test_the_prefered_file_is_small_but_close(tmp_path):
+def test_the_preferred_file_is_small_but_close(tmp_path):
     (tmp_path / "gguf").mkdir()
     assert choose_gguf(tmp_path) is None
     for name in ("a-TQ1_0", "a-F16", "a-Q4_K_M", "a-Q8_0"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dropforge.errors import ExportError
 from dropforge.export.verify_gguf import verify_gguf
+from dropforge.export.verify_weights import compare_weights
 from dropforge.llama_cpp.quantize import quantize
 from export_harness import edit_gguf
 
@@ -105,6 +106,26 @@ def test_one_changed_tensor_below_a_quantised_file(base, file, llama_cpp, tmp_pa
     tensor.data[:] = tensor.data[::-1].copy()
     quantize(file, tmp_path / "small.gguf", gguf_type=gguf_type, tools=llama_cpp, threads=1)
     assert fails(tmp_path / "small.gguf", base, llama_cpp, gguf_type).code == "gguf-logits"
+
+
+@pytest.mark.parametrize("gguf_type", ["f16", "q8_0", "q4_k_m", "q2_k"])
+def test_one_changed_matrix_is_named(base, file, llama_cpp, tmp_path, gguf_type):
+    """Row by row against the 16-bit file: this does not depend on how much the logits notice."""
+    quantize(base.path, tmp_path / "good.gguf", gguf_type=gguf_type, tools=llama_cpp, threads=1)
+    assert compare_weights(tmp_path / "good.gguf", source=base.path)["worst_weight_error"] < 0.35
+    tensor = next(t for t in edit_gguf(file).tensors if t.name == "blk.1.attn_k.weight")
+    tensor.data[:] = tensor.data[::-1].copy()
+    quantize(file, tmp_path / "bad.gguf", gguf_type=gguf_type, tools=llama_cpp, threads=1)
+    with pytest.raises(ExportError) as error:
+        compare_weights(tmp_path / "bad.gguf", source=base.path)
+    assert error.value.code == "gguf-weights"
+    assert error.value.problems[0].why.startswith("blk.1.attn_k.weight")
+
+
+def test_tensors_of_another_model_are_named(llama, qwen, llama_cpp):
+    with pytest.raises(ExportError) as error:
+        compare_weights(llama.stage.base_gguf.path, source=qwen.stage.base_gguf.path)
+    assert error.value.code == "gguf-weights"
 
 
 def test_a_smaller_type_than_it_says(base, llama_cpp, tmp_path):

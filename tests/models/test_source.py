@@ -8,6 +8,7 @@ import threading
 import pytest
 from dropforge.errors import EnvironmentFault, ModelError, Reason
 from dropforge.models import source as module
+from dropforge.models.builtin import builtin_folder
 from dropforge.models.source import resolve_model
 from dropforge.paths import DataRoot
 from dropforge.settings import settings
@@ -48,6 +49,7 @@ def test_builtin_is_made_once_and_kept(root):
     stamp = (first.path / "model.safetensors").stat().st_mtime_ns
     assert (first.kind, first.path.parent) == ("builtin", settings().cache / "models")
     assert first.revision and first.path.name == f"tiny-llama-{first.revision}"
+    assert first.path == builtin_folder("builtin:tiny-llama")
     assert resolve(root, "builtin:tiny-llama") == first
     assert (first.path / "model.safetensors").stat().st_mtime_ns == stamp
     assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]

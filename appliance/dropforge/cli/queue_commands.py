@@ -16,6 +16,7 @@ from dropforge.cli.spec_commands import read_spec_file
 from dropforge.daemon import attempts, control
 from dropforge.daemon import submit as inbox
 from dropforge.daemon.query import JobView, find_job, list_jobs
+from dropforge.daemon.singleton import daemon_is_alive
 from dropforge.errors import CommandError
 from dropforge.files import read_json_lines
 from dropforge.paths import DataRoot
@@ -156,6 +157,6 @@ def _ask(arguments: Namespace, action: str, text: str) -> int:
     job = find_job(root, arguments.job)
     control.request(root, job.id, action)
     emit(arguments, {"id": job.id, "asked": action}, f"{job.id} {text}")
-    if not (root.state / "daemon.json").exists():
+    if not daemon_is_alive(root):
         print("no daemon serves this data root yet; it will be done when one starts", file=sys.stderr)
     return 0

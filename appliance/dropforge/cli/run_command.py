@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from dropforge.cli.follow import Follower, exit_status, follow
@@ -38,7 +39,8 @@ def _serve_one(root: DataRoot, dropped: Path) -> JobView:
     from dropforge.cli.watch_command import daemon_options
     from dropforge.daemon.loop import Daemon
 
-    with Daemon(root, options=daemon_options(root, warm=False), only_file=dropped.name) as daemon, Follower() as show:
+    options = replace(daemon_options(root, warm=False), only_file=dropped.name)
+    with Daemon(root, options=options) as daemon, Follower() as show:
         shown: list[JobView] = []
 
         def look() -> bool:

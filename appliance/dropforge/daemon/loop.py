@@ -60,6 +60,8 @@ class DaemonOptions:
     """Keep a runner ready that has imported the training libraries."""
     gpus: tuple[str, ...] = ()
     """UUIDs of the GPUs that jobs may use; empty: the CPU."""
+    only_file: str = ""
+    """Take and run only the job dropped under this name; everything else stays where it is (`dropforge run`)."""
 
 
 class Daemon:
@@ -91,7 +93,8 @@ class Daemon:
         self._orders = Orders(root, self._book, self._transitions, self._worker, crash=crash)
         intake = Intake(root, self._book, check=check, crash=crash)
         self._reception = Reception(root, intake, self._faults, self._hints, settle_seconds=options.settle_seconds,
-                                    clock=clock)  # fmt: skip
+                                    clock=clock,
+                                    only_file=options.only_file)  # fmt: skip
         self._schedule = Schedule(starts=(), waiting=())
         self._ended: list[Ended] = []
         self._noted: dict[str, str] = {}
@@ -124,10 +127,13 @@ class Daemon:
         self._lock.__exit__(kind, error, trace)
         log.info("stopped", extra={"action": "stop"})
 
-    def run(self) -> None:
-        """Serve until SIGTERM, SIGINT, `stop` or a finished drain. Running jobs save and return to the queue."""
+    def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
+        """Serve until SIGTERM, SIGINT, `stop`, a finished drain, or `until` says so after a round.
+
+        Running jobs save and return to the queue.
+        """
         with on_stop_signals(self.stop, self._stop_at_once):
-            while not self._stop.is_set() and not self._drained():
+            while not (self._stop.is_set() or self._drained() or until()):
                 self.tick()
                 if self._hints.wait(BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds):
                     self._next_look = float("-inf")
@@ -185,8 +191,11 @@ class Daemon:
                 self._worker.ask_to_stop(job.ticket.id, Reason.TIMEOUT, now=now)
 
     def _start_jobs(self, now: float) -> None:
+        queued = self._book.tickets("queue")
+        if self.options.only_file:
+            queued = [ticket for ticket in queued if ticket.file == self.options.only_file]
         self._schedule = schedule(
-            self._book.tickets("queue"), gpus=self.options.gpus, busy=self._worker.busy_slots, pause=self._pause()
+            queued, gpus=self.options.gpus, busy=self._worker.busy_slots, pause=self._pause()
         )
         for ticket, slots in self._schedule.starts:
             what = f"starting {ticket.id}"

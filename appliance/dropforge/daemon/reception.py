@@ -34,6 +34,7 @@ class Reception:
         *,
         settle_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        only_file: str = "",
     ) -> None:
         self._root = root
         self._intake = intake
@@ -41,6 +42,7 @@ class Reception:
         self._hints = hints
         self._tracker = SettleTracker(root, settle_seconds=settle_seconds)
         self._clock = clock
+        self._only_file = only_file
 
     def receive(self, *, now: float) -> bool:
         """One look at the inbox at time `now`. True when there is more to take right away."""
@@ -59,6 +61,9 @@ class Reception:
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
         return False
+
+    def _mine(self, name: str) -> bool:
+        return name == (self._only_file or name) and not self._faults.stands(name)
 
     def _take(self, entry: Ready, *, now: float) -> None:
         job_id = self._intake.take(entry, now=now)

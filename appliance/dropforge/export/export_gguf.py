@@ -9,6 +9,7 @@ from pathlib import Path
 from dropforge.export.request import Made
 from dropforge.export.stage import Stage
 from dropforge.export.verify_gguf import verify_gguf
+from dropforge.export.verify_weights import compare_weights
 from dropforge.llama_cpp.quantize import quantize
 from dropforge.llama_cpp.server import usable_threads
 
@@ -29,7 +30,10 @@ def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
         stage.log(f"quantising to {gguf_type}")
         fallbacks = quantize(base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads())
     stage.log(f"verifying {path.name}")
-    checks = verify_gguf(path, gguf_type=gguf_type, expected=base.expected, tools=stage.tools)
+    checks = dict(base.checks)
+    if gguf_type != base.gguf_type:
+        checks = verify_gguf(path, gguf_type=gguf_type, expected=base.expected, tools=stage.tools)
+    checks |= compare_weights(path, source=base.path)
     if fallbacks:
         checks["tensors_stored_larger"] = fallbacks
     return Made(path=path, checks={**checks, **asdict(base.conversion)})

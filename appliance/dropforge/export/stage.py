@@ -18,7 +18,7 @@ from dropforge.export.probes import ANSWERED, TEXTS
 from dropforge.export.reference import Answer
 from dropforge.export.request import ExportRequest, Message
 from dropforge.export.tokenizer_files import is_sentencepiece, set_eos, space_prefix, write_tokenizer
-from dropforge.export.verify_gguf import Expected
+from dropforge.export.verify_gguf import Expected, verify_gguf
 from dropforge.export.verify_merged import VerifiedMerge, verify_merged
 from dropforge.files import read_json, write_json, write_text
 from dropforge.llama_cpp.convert import Conversion, convert
@@ -48,6 +48,8 @@ class BaseGguf:
     gguf_type: str
     conversion: Conversion
     expected: Expected
+    checks: dict[str, Any]
+    """Its own verification, with the strict bounds of 16 bits: what is made from it starts right."""
 
 
 class Stage:
@@ -145,7 +147,9 @@ class Stage:
             tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=merged.answers,
             texts=self._texts(prefix),
         )  # fmt: skip
-        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected)
+        self.log(f"comparing the GGUF ({gguf_type}) with the merged model")
+        checks = verify_gguf(target, gguf_type=gguf_type, expected=expected, tools=self.tools)
+        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected, checks=checks)
 
     def _flags(self, definition: dict[str, Any], prefix: str) -> dict[str, bool]:
         """Metadata that must follow from how the chat template uses the vocabulary."""

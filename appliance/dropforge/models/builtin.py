@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dropforge.settings import settings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+BUILTIN_PREFIX = "builtin:"
 LICENCE = "Apache-2.0"
 
 
@@ -57,6 +60,12 @@ def recipe_hash(name: str) -> str:
     libraries = {package: version(package) for package in ("transformers", "tokenizers", "numpy")}
     recipe = {"format": _FORMAT, "recipe": asdict(BUILTIN[name]), "corpus": corpus(), "libraries": libraries}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def builtin_folder(model_id: str) -> Path | None:
+    """Where `builtin:NAME` is kept once it is made; None if there is no such builtin model. Makes nothing."""
+    name = model_id.removeprefix(BUILTIN_PREFIX)
+    return settings().cache / "models" / f"{name}-{recipe_hash(name)}" if name in BUILTIN else None
 
 
 def build_builtin(name: str, folder: Path) -> None:

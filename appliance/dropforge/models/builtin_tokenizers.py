@@ -59,8 +59,9 @@ def qwen_tokenizer() -> PreTrainedTokenizerBase:
     vocab, merges = _qwen_pieces()
     no_token: Any = None  # transformers declares its token arguments as str, and takes None for "there is none"
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=merges, unk_token=no_token, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"], model_max_length=MAX_LENGTH, padding_side="right",
+        vocab=vocab, merges=merges, unk_token=no_token, bos_token=None, eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", additional_special_tokens=["<|im_start|>"], model_max_length=MAX_LENGTH,
+        padding_side="right",
     )  # fmt: skip
     tokenizer.chat_template = TEMPLATES["chatml"].text
     return tokenizer

@@ -12,12 +12,10 @@ from typing import Literal, NoReturn
 
 from dropforge.errors import EnvironmentFault, ModelError, Reason
 from dropforge.files import rename_folder
-from dropforge.models.builtin import BUILTIN, build_builtin, recipe_hash
+from dropforge.models.builtin import BUILTIN, BUILTIN_PREFIX, build_builtin, builtin_folder, recipe_hash
 from dropforge.paths import DataRoot
-from dropforge.settings import settings
 from dropforge.spec import ModelSpec
 
-BUILTIN_PREFIX = "builtin:"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "vocab.txt")
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "README.md")
 HUB_IGNORED = ("original/*", "onnx/*", "openvino/*", "consolidated*.safetensors", "*.onnx.json", "checkpoint-*/*")
@@ -57,7 +55,8 @@ def resolve_model(model: ModelSpec, *, root: DataRoot, offline: bool = False) ->
 
 def _builtin(model_id: str) -> ModelSource:
     name = model_id.removeprefix(BUILTIN_PREFIX)
-    if name not in BUILTIN:
+    folder = builtin_folder(model_id)
+    if folder is None:
         nearest = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0) or ["tiny-llama"]
         raise ModelError(
             f"there is no builtin model {name!r}",
@@ -65,11 +64,9 @@ def _builtin(model_id: str) -> ModelSource:
             where="model",
             fix=f"did you mean {BUILTIN_PREFIX}{nearest[0]}? Known: {', '.join(sorted(BUILTIN))}",
         )
-    digest = recipe_hash(name)
-    folder = settings().cache / "models" / f"{name}-{digest}"
     if not folder.is_dir():
         _build_once(name, folder)
-    return ModelSource(id=model_id, path=folder, revision=digest, kind="builtin")
+    return ModelSource(id=model_id, path=folder, revision=recipe_hash(name), kind="builtin")
 
 
 def _build_once(name: str, folder: Path) -> None:

@@ -61,13 +61,13 @@ def row_block(width: int) -> tuple[int, int, int]:
     return block_h, block_r, max(2, min(16, warps))
 
 
-def summing_rows(width: int, element_size: int) -> tuple[int, int, int]:
-    """(warps, programs per multiprocessor, loads in flight) of a backward that also sums over rows, one row at a
-    time.
+def summing_rows(width: int, blocks: int, x: torch.Tensor) -> tuple[int, int, int]:
+    """(warps, programs, loads in flight) of a backward that also sums over ``blocks`` blocks of rows of x.
 
-    Measured on an H200: few programs walk many rows, so that the partial sums stay a few per cent of the traffic, and
-    keep three rows of two tensors in flight while they fit in shared memory.
+    Measured on an H200: few programs walk many rows (at least 8), so that the partial sums stay a few per cent of the
+    traffic, and keep three rows of two tensors in flight while they fit in shared memory.
     """
     block_h = next_power_of_2(width)
-    stages = 3 if 6 * block_h * element_size <= 128 << 10 else 1
-    return max(2, min(16, block_h // 1024)), max(2, min(8, 8192 // block_h)), stages
+    stages = 3 if 6 * block_h * x.element_size() <= 128 << 10 else 1
+    most = max(2, min(8, 8192 // block_h)) * processors(x.device)
+    return max(2, min(16, block_h // 1024)), min(-(-blocks // 8), most), stages

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_R, BLOCK_C = 128, 32
+from dropforge_kernels.ops._common import next_power_of_2
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -28,5 +28,8 @@ def sum_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x (rows, width), fp32, contiguous -> (width,) in ``dtype``; zeros when there are no rows."""
     rows, width = x.shape
     out = torch.empty(width, dtype=dtype, device=x.device)
-    _kernel[(triton.cdiv(width, BLOCK_C),)](x, out, rows, width, BLOCK_R, BLOCK_C, num_warps=4)
+    # Narrow column groups where the matrix is narrow, so that there are enough programs; 8 columns are one memory
+    # sector.
+    columns = max(8, min(32, next_power_of_2(width // 128)))
+    _kernel[(triton.cdiv(width, columns),)](x, out, rows, width, 4096 // columns, columns, num_warps=4)
     return out

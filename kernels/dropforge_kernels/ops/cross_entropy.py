@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dropforge_kernels import reference
 from dropforge_kernels.checks import check_choice, check_dtype, check_ndim, check_same_device, check_shape, check_tensor
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._row_losses import RowLoss, reduce_loss, row_gradient, row_loss
-from dropforge_kernels import reference
 from dropforge_kernels.reference.cross_entropy import REDUCTIONS
 
 OP = "cross_entropy"

@@ -22,8 +22,15 @@ import triton
 import triton.language as tl
 
 from dropforge_kernels import reference
-from dropforge_kernels.checks import check_choice, check_dtype, check_ndim, check_same_device, check_same_shape, check_shape
-from dropforge_kernels.checks import check_tensor
+from dropforge_kernels.checks import (
+    check_choice,
+    check_dtype,
+    check_ndim,
+    check_same_device,
+    check_same_shape,
+    check_shape,
+    check_tensor,
+)
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops.cross_entropy import items_tensor
 from dropforge_kernels.ops.linear_cross_entropy import scale_gradient

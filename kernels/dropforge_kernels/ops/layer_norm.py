@@ -16,7 +16,7 @@ import triton.language as tl
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._common import as_rows, processors, register, row_block, summing_rows
+from dropforge_kernels.ops._common import as_rows, register, row_block, summing_rows
 from dropforge_kernels.ops._sum_rows import sum_rows
 
 MAX_WIDTH = 65536
@@ -106,8 +106,7 @@ def _backward(dy, x, weight, mean, rstd, parameters):
     blocks = triton.cdiv(rows, block_r)
     programs, partial, stages = blocks, None, 1
     if parameters:
-        warps, per_processor, stages = summing_rows(width, x.element_size())
-        programs = min(blocks, per_processor * processors(x.device))
+        warps, programs, stages = summing_rows(width, blocks, x)
         partial = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(programs,)](

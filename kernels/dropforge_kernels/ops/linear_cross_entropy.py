@@ -14,13 +14,20 @@ from __future__ import annotations
 
 import torch
 
-from dropforge_kernels.checks import check_choice, check_dtype, check_ndim, check_same_device, check_same_dtype, check_shape
-from dropforge_kernels.checks import check_tensor
+from dropforge_kernels import reference
+from dropforge_kernels.checks import (
+    check_choice,
+    check_dtype,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._head_chunks import FROZEN_BUDGET, TRAINED_BUDGET, Head, chunk_rows, row_chunks, scale_rows
 from dropforge_kernels.ops._row_losses import RowLoss, reduce_loss, row_loss
 from dropforge_kernels.ops.cross_entropy import TARGETS, check_loss_options, items_tensor
-from dropforge_kernels import reference
 
 OP = "linear_cross_entropy"
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import torch
 
+from dropforge_kernels import reference
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._head_chunks import FROZEN_BUDGET, TRAINED_BUDGET, Head, chunk_rows, row_chunks
 from dropforge_kernels.ops._row_losses import RowLoss, row_gradient, row_loss
 from dropforge_kernels.ops.cross_entropy import check_loss_options
 from dropforge_kernels.ops.linear_cross_entropy import autocast_pair, check_head, scale_gradient
-from dropforge_kernels import reference
 from dropforge_kernels.reference.linear_logprobs import LogProbs
 
 OP = "linear_logprobs"

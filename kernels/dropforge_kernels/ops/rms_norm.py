@@ -17,7 +17,7 @@ import triton.language as tl
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._common import as_rows, processors, register, row_block, summing_rows
+from dropforge_kernels.ops._common import as_rows, register, row_block, summing_rows
 from dropforge_kernels.ops._sum_rows import sum_rows
 
 MAX_WIDTH = 65536
@@ -143,8 +143,7 @@ def rms_norm_backward(
     blocks = triton.cdiv(rows, block_r)
     programs, partial, stages = blocks, None, 1
     if weight_gradient:
-        warps, per_processor, stages = summing_rows(width, s.element_size())
-        programs = min(blocks, per_processor * processors(s.device))
+        warps, programs, stages = summing_rows(width, blocks, s)
         partial = torch.empty((programs, width), dtype=torch.float32, device=s.device)
     if rows:
         _backward_kernel[(programs,)](
