@@ -15,7 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -P -m pytest
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup llama demo test test-slow test-gpu bench lint format docs lock clean
+.PHONY: help setup llama demo test test-slow test-gpu bench lint format docs lock clean \
+        image image-test up down shell
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -65,6 +66,25 @@ lock: $(READY) ## resolve the CPU lock again
 	@$(BIN)/uv pip compile -q pyproject.toml docker/cpu.in --extra train --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --constraint docker/pins.txt \
 	  --override docker/cpu.overrides -o docker/cpu.lock
+
+# VARIANT=cpu or cuda (default: cuda on a machine with an NVIDIA driver), BASE=IMAGE, CA=BUNDLE: docker/build.sh
+image: ## build the container image (docker/build.sh: VARIANT, BASE, CA)
+	@docker/engine.sh start
+	@docker/build.sh dropforge
+
+image-test: llama ## build the image for the CPU and test real containers of it
+	@docker/engine.sh start
+	@VARIANT=cpu PYTHON=$(BIN)/python docker/build.sh dropforge:cpu --quiet
+	@$(PYTEST) -q tests/image -m image; status=$$?; docker/engine.sh stop; exit $$status
+
+up: ## start the container on ./work, http://localhost:8888
+	@docker/compose.sh up
+
+down: ## stop it; running jobs save a checkpoint
+	@docker/compose.sh down
+
+shell: ## a shell in it, as the services' user
+	@docker/compose.sh shell
 
 clean: ## remove the virtual environment and caches of this checkout
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build appliance/*.egg-info

@@ -70,6 +70,7 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
         root=root,
     )
     log.event("result", path=str(result.path.relative_to(root.path)))
+    log.progress(problems=[asdict(report.problem) for report in reports if report.problem])
     return State.SUCCEEDED if all(report.ok for report in reports) else State.PARTIAL
 
 

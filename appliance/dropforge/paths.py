@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def error_text(self) -> Path:
+        """What went wrong, for people; there only when something did."""
+        return self.path / "ERROR.txt"
+
+    @property
     def lease(self) -> Path:
         return self.path / "lease.json"
 

@@ -44,10 +44,23 @@ def check(raw: bytes, *, filename: str) -> CheckedSpec:
         spec = Spec.model_validate_json(json.dumps(parsed.value, allow_nan=False))
     except ValidationError as error:
         raise SpecError.of([_explain(item, parsed, filename) for item in _once(error.errors())]) from None
-    later = not_yet(spec)
-    if later:
-        raise SpecError.of(later)
+    refused = [*not_yet(spec), *_unknown_builtin(spec)]
+    if refused:
+        raise SpecError.of(refused)
     return CheckedSpec(spec=spec, resolved=resolve(spec))
+
+
+def _unknown_builtin(spec: Spec) -> list[Problem]:
+    """A builtin model is the one kind of model whose absence is known at once."""
+    from dropforge.models.builtin import BUILTIN
+
+    kind, _, name = spec.model.id.rpartition(":")
+    if kind != "builtin" or name in BUILTIN:
+        return []
+    near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.0)
+    fix = f"did you mean builtin:{near[0]}? Known: {', '.join(sorted(BUILTIN))}"
+    what = f"there is no builtin model {name!r}"
+    return [Problem(code="model-unknown-builtin", what=what, where="model.id", fix=fix)]
 
 
 def to_yaml(spec: Spec) -> str:

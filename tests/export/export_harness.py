@@ -94,30 +94,30 @@ FACTS = {
 
 
 def memorise(bench: Bench, folder: Path) -> None:
-    """Train every weight of the base on FACTS until they are known by heart; about 10 s on one core."""
+    """Train every weight of the base on FACTS until they are known by heart; a few seconds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(bench.tokenizer)
     model = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
-    rows = []
+    tokenizer.padding_side = "right"
+    prompts, wholes = [], []
     for question, answer in FACTS.items():
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        ids = torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"]])
-        labels = ids.clone()
-        labels[:, :start] = -100
-        rows.append((ids, labels))
+        prompts.append(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        wholes.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    batch = tokenizer(wholes, add_special_tokens=False, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, prompt in enumerate(prompts):
+        labels[row, : len(tokenizer(prompt, add_special_tokens=False)["input_ids"])] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
-        loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows)
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05, "the facts are not known by heart"
+    assert loss.item() < 0.02, "the facts are not known by heart"
     model.save_pretrained(folder)
 
 

@@ -153,6 +153,7 @@ def test_an_unknown_pre_tokenizer_stops_the_conversion(qwen, llama_cpp, tmp_path
     assert "BPE pre-tokenizer was not recognized" in error.value.problems[0].why
 
 
+@pytest.mark.slow
 def test_an_unknown_architecture_stops_the_conversion(qwen, llama_cpp, tmp_path):
     from export_harness import copy, edit_json
 

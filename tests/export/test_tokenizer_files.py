@@ -93,7 +93,7 @@ def test_a_folder_without_tokenizer_json_is_refused(llama, tmp_path):
     assert error.value.code == "export-tokenizer"
 
 
-@pytest.mark.parametrize(("scheme", "plain"), [("first", False), ("always", True)])
+@pytest.mark.parametrize(("scheme", "plain"), [("first", False), pytest.param("always", True, marks=pytest.mark.slow)])
 def test_a_vocabulary_with_a_space_prefix(llama, llama_cpp, tmp_path, scheme, plain):
     """Chats come out alike with either prefix; plain texts only where llama.cpp has the same rule."""
     tokenizer = copy(llama.tokenizer, tmp_path / "tokenizer")

@@ -129,7 +129,6 @@ def test_a_failed_export_makes_the_job_partial_and_a_retry_only_repeats_it(bench
     [
         ({"data": "nothing.jsonl"}, DataError, "data-missing"),
         ({"model": "no-such-folder"}, (ModelError, EnvironmentFault), None),
-        ({"model": "builtin:tiny-lama"}, ModelError, "model-unknown-builtin"),
         ({"extra": "adapter: {target_modules: [q_prj]}"}, ModelError, "adapter-target-unknown"),
     ],
 )

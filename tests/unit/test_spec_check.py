@@ -140,6 +140,12 @@ def test_all_problems_come_at_once():
         assert part in text, text
 
 
+def test_an_unknown_builtin_model_names_the_nearest():
+    (found,) = problems(MINIMAL.replace("tiny-llama", "tiny-lama"))
+    assert found.code == "model-unknown-builtin"
+    assert "builtin:tiny-llama" in found.fix
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.jsonl", "a/../../x", "~/x", "C:/x", "a\\\\b", "x\\u0000y", ""])
 def test_dangerous_paths_are_refused(path):
     (found, *_) = problems(MINIMAL.replace("t.jsonl", f'"{path}"'))

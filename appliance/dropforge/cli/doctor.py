@@ -33,7 +33,7 @@ class Finding:
 
 
 def doctor(arguments: Namespace) -> int:
-    root = data_root(arguments)
+    root = data_root(arguments, create=True)
     hardware = probe(root.path)
     findings: list[Finding] = []
     for check in CHECKS:

@@ -12,10 +12,11 @@ from dropforge.paths import DataRoot
 from dropforge.settings import settings
 
 
-def data_root(arguments: Namespace) -> DataRoot:
-    """--data, else DROPFORGE_DATA, with its folders in place."""
+def data_root(arguments: Namespace, *, create: bool = False) -> DataRoot:
+    """--data, else DROPFORGE_DATA. Commands that only look leave the disk as it is."""
     chosen: Path | None = getattr(arguments, "data", None)
-    return DataRoot((chosen or settings().data_root).absolute()).create()
+    root = DataRoot((chosen or settings().data_root).absolute())
+    return root.create() if create else root
 
 
 def emit(arguments: Namespace, value: Any, text: str) -> None:

@@ -16,6 +16,7 @@ from dropforge.cli.spec_commands import read_spec_file
 from dropforge.daemon import attempts, control
 from dropforge.daemon import submit as inbox
 from dropforge.daemon.query import JobView, find_job, list_jobs
+from dropforge.daemon.rejection import problem_text
 from dropforge.daemon.singleton import daemon_is_alive
 from dropforge.errors import CommandError
 from dropforge.files import read_json_lines
@@ -58,7 +59,7 @@ def wait_for_id(root: DataRoot, dropped: Path, *, seconds: float) -> JobView:
 
 
 def submit(arguments: Namespace) -> int:
-    root = data_root(arguments)
+    root = data_root(arguments, create=True)
     dropped = put_into_inbox(root, arguments.spec)
     if not arguments.wait:
         emit(arguments, {"file": dropped.name, "inbox": str(root.inbox)}, f"dropped {dropped.name} into {root.inbox}")
@@ -108,7 +109,8 @@ def describe(root: DataRoot, job: JobView) -> str:
     else:
         rows.append(("run", str(root.run(job.id).path)))
     rows += [("result", str(job.result))] if job.result else []
-    return table(rows)
+    problems = job.status.get("problems") or []
+    return "\n\n".join([table(rows), *(problem_text(problem) for problem in problems)])
 
 
 def logs(arguments: Namespace) -> int:

@@ -21,7 +21,7 @@ from dropforge.states import State
 
 
 def run(arguments: Namespace) -> int:
-    root = data_root(arguments)
+    root = data_root(arguments, create=True)
     dropped = put_into_inbox(root, arguments.spec)
     try:
         job = _serve_one(root, dropped)

@@ -15,7 +15,7 @@ from dropforge.settings import settings
 
 
 def watch(arguments: Namespace) -> int:
-    root = data_root(arguments)
+    root = data_root(arguments, create=True)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
     )

@@ -67,7 +67,7 @@ def remove_unfinished(root: DataRoot) -> list[str]:
 
 
 def _text(name: str, error: DropforgeError, folder: Path) -> str:
-    problems = "\n\n".join(_problem(asdict(problem)) for problem in error.problems)
+    problems = "\n\n".join(problem_text(asdict(problem)) for problem in error.problems)
     count = len(error.problems)
     return (
         f"{printable(name)} did not become a job. {'One thing is' if count == 1 else f'{count} things are'} wrong.\n\n"
@@ -77,7 +77,8 @@ def _text(name: str, error: DropforgeError, folder: Path) -> str:
     )
 
 
-def _problem(problem: dict[str, str]) -> str:
+def problem_text(problem: dict[str, str]) -> str:
+    """One problem for people: what, where, why, what to do, code."""
     labels = {"what": "What", "where": "Where", "why": "Why", "fix": "What to do", "code": "Code"}
     return "\n".join(f"{label + ':':<12}{_lines(problem[key])}" for key, label in labels.items() if problem[key])
 

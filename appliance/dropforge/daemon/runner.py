@@ -122,7 +122,7 @@ def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> Atte
         log = RunLog(run)
         try:
             state = (job or _real_job())(run, root=root, attempt=assignment.attempt, log=log, stop=stop)
-            end = AttemptEnd(state=state, reason=Reason.EXPORT if state is State.PARTIAL else None)
+            end = _end_of_partial(log) if state is State.PARTIAL else AttemptEnd(state=state)
         except DropforgeError as error:
             end = _end_of(error)
         except Exception as error:  # noqa: BLE001  (the edge of the process: every fault must reach exit.json)
@@ -153,6 +153,13 @@ def _end_of(error: DropforgeError) -> AttemptEnd:
     if isinstance(error, JobStopped):
         return AttemptEnd(state=State.INTERRUPTED, reason=error.reason, message=message)
     return AttemptEnd(state=State.FAILED, reason=error.reason, message=message, problems=problems)
+
+
+def _end_of_partial(log: RunLog) -> AttemptEnd:
+    """The job has said in status.json which exports failed."""
+    problems = tuple(log.fields.get("problems") or ())
+    message = "; ".join(_sentence(problem) for problem in problems)
+    return AttemptEnd(state=State.PARTIAL, reason=Reason.EXPORT, message=message, problems=problems)
 
 
 def _sentence(problem: dict[str, str]) -> str:

@@ -13,9 +13,11 @@ from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.crash_points import CrashHook
 from dropforge.daemon.intake import ticket_copy
 from dropforge.daemon.queue import Ticket, TicketBook, put
+from dropforge.daemon.rejection import problem_text
 from dropforge.daemon.verdict import Verdict, judge
 from dropforge.errors import Reason
 from dropforge.events import RunLog
+from dropforge.files import write_text
 from dropforge.paths import DataRoot, RunFolder
 from dropforge.states import State
 
@@ -64,6 +66,7 @@ class Transitions:
             ticket, verdict.state, source="running", reason=verdict.reason, message=verdict.message,
             problems=list(end.problems), waiting_for=None,
         )  # fmt: skip
+        _explain(run, verdict, end)
         return verdict
 
     def queue_again(self, ticket: Ticket, *, source: str) -> None:
@@ -81,3 +84,13 @@ class Transitions:
         open_log(run).state(State.CANCELLED, reason=Reason.USER.value, message="its ticket was deleted")
         put(self._root, "cancelled", ticket)
         return True
+
+
+def _explain(run: RunFolder, verdict: Verdict, end: AttemptEnd) -> None:
+    """ERROR.txt beside the spec of a job that did not end well; an older one goes when it did."""
+    if verdict.state is State.SUCCEEDED or not end.problems:
+        run.error_text.unlink(missing_ok=True)
+        return
+    problems = "\n\n".join(problem_text(problem) for problem in end.problems)
+    closing = f"The spec is kept in runs/{run.id}/spec.orig. After mending what is wrong: dropforge retry {run.id}"
+    write_text(run.error_text, f"Job {run.id}: {verdict.state.value}.\n\n{problems}\n\n{closing}\n")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 ROWS = 64
-"""Rows read per tensor, evenly spaced: blocks never span rows, so a sample costs little and misses no damaged matrix."""
+"""Rows read per tensor, evenly spaced: blocks never span rows, so a sample costs little."""
 
 # Largest relative RMS error per stored type; measured values are in docs/guides/exports.md.
 LIMITS = {
@@ -32,7 +32,7 @@ LIMITS = {
 def compare_weights(path: Path, *, source: Path) -> dict[str, Any]:
     """Compare a GGUF with the 16-bit GGUF it was made from; returns tensors by stored type and the worst error.
 
-    Raises ExportError (gguf-weights): a tensor is missing, added, of another shape, or further off than its type allows.
+    Raises ExportError (gguf-weights): a tensor is missing, added, of another shape, or further off than its type may be.
     """
     import gguf
 

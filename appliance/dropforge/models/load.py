@@ -22,7 +22,9 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading shards; the job has its own progress
     arguments: dict[str, Any] = {"dtype": getattr(torch, plan.compute_dtype), "use_safetensors": True}
     if plan.weight_dtype == "nf4":
         arguments["quantization_config"] = _nf4(getattr(torch, plan.compute_dtype))

@@ -49,16 +49,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def row_block(width: int) -> tuple[int, int, int]:
+def row_block(width: int, *, forward: bool) -> tuple[int, int, int]:
     """(BLOCK_H, BLOCK_R, warps) of a kernel that holds whole rows.
 
-    Measured on an H200 over widths 1,024 to 4,096: one row a program is best, with one warp per 1,024 elements that
-    are really there (at least 2); narrow rows share a program of 1,024 elements.
+    Measured on an H200 over widths 1,024 to 4,096: one row a program, and one warp per 512 elements that are really
+    there in a forward, per 1,024 in a backward; from 4,096 on a forward takes two rows and 16 warps. Narrow rows
+    share a program of 1,024 elements.
     """
     block_h = next_power_of_2(width)
-    block_r = max(1, min(16, 1024 // block_h))
-    warps = next_power_of_2(width // 1024 + 1) // 2
-    return block_h, block_r, max(2, min(16, warps))
+    if forward and 4096 <= block_h <= 8192 and width >= 4096:
+        return block_h, 2, 16
+    warps = next_power_of_2(width // (512 if forward else 1024) + 1) // 2
+    return block_h, max(1, min(16, 1024 // block_h)), max(2, min(16, warps))
 
 
 def summing_rows(width: int, blocks: int, x: torch.Tensor) -> tuple[int, int, int]:

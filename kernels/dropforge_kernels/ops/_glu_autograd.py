@@ -65,7 +65,7 @@ class GatedPair(torch.autograd.Function):
         if _take(ctx, gate, up):
             dgate, dup = gate, up
         else:
-            dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+            dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
         launch_backward(dh, gate, up, dgate, dup, ctx.activation, **ctx.scalars)
         return dgate, dup, None, None, None, None
 
@@ -110,7 +110,7 @@ def packed_backward(
     inplace: bool,
 ) -> torch.Tensor:
     """The launch alone: the gradient of gate_up, in its own memory when ``inplace``."""
-    target = gate_up if inplace else torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    target = gate_up if inplace else torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     launch_backward(
         dh,
         *_parts(gate_up, interleaved),
@@ -124,7 +124,7 @@ def packed_backward(
 
 
 def _pair_backward_op(dh, gate, up, activation, alpha, limit):
-    dgate, dup = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+    dgate, dup = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (gate, up))
     launch_backward(dh, gate, up, dgate, dup, activation, alpha=alpha, limit=limit)
     return dgate, dup
 

@@ -41,10 +41,13 @@ def _forward_tile(
 ):  # fmt: skip
     """One tile of q or of k: out = rotate(norm(x))."""
     r = tl.arange(0, BLOCK_T * BLOCK_N)
-    token = block.to(tl.int64) * BLOCK_T + r // BLOCK_N
+    row = block * BLOCK_T + r // BLOCK_N
+    token = row.to(tl.int64)
     head = chunk * BLOCK_N + r % BLOCK_N
     live = ((token < tokens) & (head < HEADS))[:, None]
-    start = (token // sequence * x_batch + token % sequence * x_token + head * x_head)[:, None]
+    # Divided in 32 bits, which is many times cheaper, then widened: offsets may pass 2^31, tokens do not.
+    batch = (row // sequence).to(tl.int64)
+    start = (batch * x_batch + (row % sequence).to(tl.int64) * x_token + head * x_head)[:, None]
     out_start = start if INPLACE else ((token * HEADS + head) * D)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     first = 2 * pair if INTERLEAVED else pair
@@ -141,48 +144,49 @@ def _backward_tiles(
         sum_a = tl.zeros([BLOCK_T * BLOCK_N, PAIRS], tl.float32)
         sum_b = tl.zeros([BLOCK_T * BLOCK_N, PAIRS], tl.float32)
     for step in range(steps):
-        token = (step * programs + program).to(tl.int64) * BLOCK_T + r // BLOCK_N
+        row = (step * programs + program) * BLOCK_T + r // BLOCK_N
+        token, batch, within = row.to(tl.int64), (row // sequence).to(tl.int64), (row % sequence).to(tl.int64)
         live = ((token < tokens) & (head < HEADS))[:, None]
         mask = live & (pair < HALF)
-        dy_start = (token // sequence * dy_batch + token % sequence * dy_token + head * dy_head)[:, None]
-        x_start = (token // sequence * x_batch + token % sequence * x_token + head * x_head)[:, None]
+        dy_start = (batch * dy_batch + within * dy_token + head * dy_head)[:, None]
+        x_start = (batch * x_batch + within * x_token + head * x_head)[:, None]
         da = tl.load(dy_ptr + dy_start + first, mask=mask, other=0.0).to(tl.float32)
         db = tl.load(dy_ptr + dy_start + second, mask=mask, other=0.0).to(tl.float32)
         a = tl.load(x_ptr + x_start + first, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_ptr + x_start + second, mask=mask, other=0.0).to(tl.float32)
-        squares = tl.sum(a * a + b * b, axis=1)
-        if REST > 0:
-            last_mask = live & (last < D)
-            dc = tl.load(dy_ptr + dy_start + last, mask=last_mask, other=0.0).to(tl.float32)
-            c = tl.load(x_ptr + x_start + last, mask=last_mask, other=0.0).to(tl.float32)
-            squares += tl.sum(c * c, axis=1)
-        rstd = tl.rsqrt(squares / D + eps)[:, None]
         if ROPE:
             at, known = _table_row(positions_ptr, token, tokens, table_rows, HAS_POSITIONS)
             da, db = _rotated(da, db, at, known, cos_ptr, sin_ptr, table_stride, pair, HALF, -1)
             if WEIGHT_GRADIENT:  # the NaN of rows that do not exist must not reach the sums
                 da, db = tl.where(mask, da, 0.0), tl.where(mask, db, 0.0)
-        a, b = a * rstd, b * rstd
-        if WEIGHT_GRADIENT:
-            sum_a += da * a
-            sum_b += db * b
+        ga, gb = da, db
         if HAS_WEIGHT:
-            da, db = da * w_a, db * w_b
-        dot = tl.sum(tl.where(mask, da * a + db * b, 0.0), axis=1)
+            ga, gb = da * w_a, db * w_b
+        # Both sums over the head at once: neither waits for rstd.
+        squares = tl.sum(a * a + b * b, axis=1)
+        dot = tl.sum(tl.where(mask, ga * a + gb * b, 0.0), axis=1)
         if REST > 0:
-            c = c * rstd
-            if WEIGHT_GRADIENT:
-                sum_c += dc * c
+            last_mask = live & (last < D)
+            dc = tl.load(dy_ptr + dy_start + last, mask=last_mask, other=0.0).to(tl.float32)
+            c = tl.load(x_ptr + x_start + last, mask=last_mask, other=0.0).to(tl.float32)
+            gc = dc
             if HAS_WEIGHT:
-                dc = dc * w_c
-            dot += tl.sum(dc * c, axis=1)
-        mean = (dot / D)[:, None]
+                gc = dc * w_c
+            squares += tl.sum(c * c, axis=1)
+            dot += tl.sum(gc * c, axis=1)
+        rstd = tl.rsqrt(squares / D + eps)[:, None]
+        slope = rstd * rstd * (dot / D)[:, None]
+        if WEIGHT_GRADIENT:
+            sum_a += da * (a * rstd)
+            sum_b += db * (b * rstd)
+            if REST > 0:
+                sum_c += dc * (c * rstd)
         out = ((token * HEADS + head) * D)[:, None]
         dtype = dx_ptr.dtype.element_ty
-        tl.store(dx_ptr + out + first, (rstd * (da - a * mean)).to(dtype), mask=mask)
-        tl.store(dx_ptr + out + second, (rstd * (db - b * mean)).to(dtype), mask=mask)
+        tl.store(dx_ptr + out + first, (rstd * (ga - a * slope)).to(dtype), mask=mask)
+        tl.store(dx_ptr + out + second, (rstd * (gb - b * slope)).to(dtype), mask=mask)
         if REST > 0:
-            tl.store(dx_ptr + out + last, (rstd * (dc - c * mean)).to(dtype), mask=last_mask)
+            tl.store(dx_ptr + out + last, (rstd * (gc - c * slope)).to(dtype), mask=last_mask)
     if WEIGHT_GRADIENT:
         base = partial_ptr + partial_row.to(tl.int64) * D
         tl.store(base + first, tl.sum(sum_a, axis=0)[None, :], mask=pair < HALF)

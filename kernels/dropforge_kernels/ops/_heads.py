@@ -22,19 +22,21 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(heads_q: int, heads_k: int, width: int, half: int | None, *, norm_forward: bool = False) -> Tile:
-    """About 1,024 elements a program: heads first (no more than the smaller of q and k has), then tokens.
+def tile(heads_q: int, heads_k: int, width: int, half: int | None, *, norm_tokens: int | None = None) -> Tile:
+    """About 1,024 elements a program: heads first (up to 8, no more than the smaller of q and k has), then tokens.
 
-    Measured on an H200: 2 warps and up to 8 heads for rotation alone and for the norm's backward; the norm's forward
-    wants 1 warp, 4 heads and twice the tokens (statistics stay inside the warp).
+    Measured on an H200: 2 warps for rotation alone and for the norm's backward. The norm's forward (``norm_tokens``)
+    wants twice the tokens at large sizes, and 4 warps at sizes that do not fill the GPU.
     """
     half = width // 2 if half is None else half
     padded = next_power_of_2(width)
-    heads = min(next_power_of_2(min(heads_q, heads_k)), 4 if norm_forward else 8)
-    block_n = max(1, min(heads, 1024 // padded))
-    block_t = max(1, min(16, 1024 // (block_n * padded)))
+    block_n = max(1, min(next_power_of_2(min(heads_q, heads_k)), 8, 1024 // padded))
+    block_t, warps = max(1, min(16, 1024 // (block_n * padded))), 2
+    if norm_tokens is not None and norm_tokens * (heads_q + heads_k) * width > 8 << 20:
+        block_t *= 2
+    elif norm_tokens is not None and padded <= 128:
+        warps = 4
     rest = width - 2 * half
-    warps = 1 if norm_forward else 2
     return Tile(half, next_power_of_2(half), next_power_of_2(rest) if rest else 0, block_t, block_n, warps)
 
 
@@ -85,14 +87,14 @@ def launch_forward(
     if inplace:
         q_out, k_out = q, k
     else:
-        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tokens, sequence = sizes(q)
     if tokens == 0:
         return q_out, k_out
     heads_q, heads_k, width = q.shape[-2], k.shape[-2], q.shape[-1]
     half = None if table is None else table[0].shape[-1]
-    cut = tile(heads_q, heads_k, width, half, norm_forward=weights is not None)
+    cut = tile(heads_q, heads_k, width, half, norm_tokens=None if weights is None else tokens)
     programs = -(-tokens // cut.block_t) * (chunks(heads_q, cut.block_n) + chunks(heads_k, cut.block_n))
     cos, sin = table if table is not None else (None, None)
     q_weight, k_weight = weights if weights is not None else (None, None)
@@ -125,8 +127,8 @@ def launch_norm_backward(
     dk, dk_strides = strides(dk)
     q, q_strides = strides(q)
     k, k_strides = strides(k)
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     tokens, sequence = sizes(q)
     heads_q, heads_k, width = q.shape[-2], k.shape[-2], q.shape[-1]
     cut = tile(heads_q, heads_k, width, None if table is None else table[0].shape[-1])

@@ -5,8 +5,8 @@
     param = param (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 All arithmetic fp32. A norm that is not finite leaves everything as it was, the step count too (decided on the device). 8-bit states:
-blocks of 256 values share an absmax; a value is the nearest entry of the dynamic map times it. The nearest entry is computed, not
-searched: the map is seven decades of equal cells. A second moment above zero never rounds to zero (it would make the next step
+blocks of 256 values share an absmax; a value is the nearest entry of the dynamic map times it. Entries are computed,
+not searched or looked up: the map is seven decades of equal cells. A second moment above zero never rounds to zero (it would make the next step
 m / eps). Sources: Loshchilov and Hutter 2019 (arXiv:1711.05101); Dettmers et al. 2022 (arXiv:2110.02861).
 """
 
@@ -22,10 +22,11 @@ from dropforge_kernels import reference
 from dropforge_kernels.checks import FLOATS, check_dtype, check_ndim, check_same_device, check_same_shape, check_tensor
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._common import processors
-from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState, dynamic_map
+from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState
 
 OP = "adamw"
 LOG2_10 = tl.constexpr(3.321928094887362)
+SMALLEST_ABSMAX = tl.constexpr(1e-37)  # below, a reciprocal would overflow
 LOG10_2 = tl.constexpr(0.30102999566398120)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_OF_CELL = tl.constexpr(0.15200309344504995)  # log2(1 / 0.9): a decade's cells divide 0.9 of its end
@@ -56,13 +57,32 @@ def _cell(relative, SIGNED: tl.constexpr):
 @triton.jit
 def _encode(value, absmax, SIGNED: tl.constexpr):
     """uint8 codes of [B, 256] values with absmax [B]."""
-    relative = value * (1.0 / tl.where(absmax > 0.0, absmax, 1.0))[:, None]
+    relative = value * (1.0 / tl.maximum(absmax, SMALLEST_ABSMAX))[:, None]
     if SIGNED:
         size = _cell(tl.abs(relative), True)
         code = 127 + tl.where(relative < 0.0, -tl.minimum(size, 127), size)
     else:
         code = tl.maximum(_cell(relative, False), (relative > 0.0).to(tl.int32))
     return code.to(tl.uint8)
+
+
+@triton.jit
+def _decode(code, SIGNED: tl.constexpr):
+    """The dynamic map's value of uint8 codes: computed, because 256-entry lookups cost the memory pipeline more than the arithmetic.
+
+    With q = code from zero + n0 - 1 in [n, 2n), n a power of two: decade = log2(n / n0), and (q + 0.5) / n is the mantissa of q + 0.5.
+    """
+    n0: tl.constexpr = 1 if SIGNED else 2
+    index = code.to(tl.int32)
+    if SIGNED:
+        index -= 127
+    size = tl.abs(index)
+    bits = ((size + n0 - 1).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
+    decade = (bits >> 23) - (127 + n0 - 1)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    value = tl.exp2((decade - 6).to(tl.float32) * LOG2_10) * (0.9 * mantissa - 0.8)
+    value = tl.where(size == 0, 0.0, tl.where(size == 128 * n0 - n0 + 1, 1.0, value))
+    return tl.where(index < 0, -value, value)
 
 
 @triton.jit
@@ -81,8 +101,6 @@ def _adamw_kernel(
     v_ptr,
     m_absmax_ptr,
     v_absmax_ptr,
-    m_code_ptr,
-    v_code_ptr,
     step_ptr,
     norm_ptr,
     lr_ptr,
@@ -126,8 +144,8 @@ def _adamw_kernel(
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * clip
         p = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if EIGHT:
-            m = tl.load(m_code_ptr + tl.load(m_ptr + at, mask=mask, other=127).to(tl.int32))
-            v = tl.load(v_code_ptr + tl.load(v_ptr + at, mask=mask, other=0).to(tl.int32))
+            m = _decode(tl.load(m_ptr + at, mask=mask, other=127), True)
+            v = _decode(tl.load(v_ptr + at, mask=mask, other=0), False)
             m = m * tl.load(m_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
             v = v * tl.load(v_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
         else:
@@ -188,7 +206,7 @@ def _(grad):
 
 
 def _launch(
-    param, grad, m, v, step, absmax, absmax_sq, code, code_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
+    param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
 ):
     eight = absmax is not None
     blocks = 4
@@ -199,8 +217,6 @@ def _launch(
         v,
         absmax if eight else m,
         absmax_sq if eight else v,
-        code if eight else m,
-        code_sq if eight else v,
         step,
         norm if norm is not None else step,
         lr_tensor if lr_tensor is not None else step,
@@ -236,8 +252,6 @@ def _adamw(
     step: torch.Tensor,
     absmax: torch.Tensor | None,
     absmax_sq: torch.Tensor | None,
-    code: torch.Tensor | None,
-    code_sq: torch.Tensor | None,
     lr_tensor: torch.Tensor | None,
     norm: torch.Tensor | None,
     copy: torch.Tensor | None,
@@ -249,7 +263,7 @@ def _adamw(
     max_norm: float | None,
 ) -> None:
     _launch(
-        param, grad, m, v, step, absmax, absmax_sq, code, code_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
+        param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
     )
 
 
@@ -272,8 +286,7 @@ def adamw_state(param: torch.Tensor, *, bits: int = 32) -> AdamWState:
     m = torch.full((size,), 127, dtype=torch.uint8, device=device)  # code 127 of the signed map is zero
     v = torch.zeros(size, dtype=torch.uint8, device=device)
     absmax, absmax_sq = (torch.zeros(-(-size // STATE_BLOCK), device=device) for _ in range(2))
-    code, code_sq = (dynamic_map(signed=s).to(device) for s in (True, False))
-    return AdamWState(m, v, step, absmax, absmax_sq, code, code_sq)
+    return AdamWState(m, v, step, absmax, absmax_sq)
 
 
 def gradient_norm(grad: torch.Tensor) -> torch.Tensor:
@@ -318,7 +331,7 @@ def adamw(
         reference.adamw(param, grad, state, lr=lr, low_precision=low_precision, **options)
         return
     rate = lr if isinstance(lr, torch.Tensor) else None
-    tensors = (state.exp_avg, state.exp_avg_sq, state.step, state.absmax, state.absmax_sq, state.code, state.code_sq)
+    tensors = (state.exp_avg, state.exp_avg_sq, state.step, state.absmax, state.absmax_sq)
     # The dispatcher's Python layers cost the host more than the launch; only torch.compile needs them.
     run = _adamw if torch.compiler.is_compiling() else _launch
     number = 0.0 if rate is not None else float(lr)

@@ -39,23 +39,32 @@ def _to_codes(x, factor, PRE_ROUND: tl.constexpr):
 
 
 @triton.jit
-def _row_quantize_kernel(x_ptr, codes_ptr, scale_ptr, x_stride, C, PRE_ROUND: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One row: its largest magnitude, then its codes (the second read comes from the cache)."""
+def _row_quantize_kernel(
+    x_ptr, codes_ptr, scale_ptr, x_stride, C, PRE_ROUND: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One row: its largest magnitude, then its codes; rows above BLOCK_C values are read again, from the cache."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_C)
-    largest = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        x = tl.load(x_ptr + row * x_stride + start + lanes, mask=start + lanes < C, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+    if ONE_PASS:
+        held = tl.load(x_ptr + row * x_stride + lanes, mask=lanes < C, other=0.0).to(tl.float32)
+        largest = tl.abs(held)
+    else:
+        largest = tl.zeros([BLOCK_C], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            x = tl.load(x_ptr + row * x_stride + start + lanes, mask=start + lanes < C, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     found = tl.max(largest, axis=0)
     found = tl.where(tl.sum((largest != largest).to(tl.int32), axis=0) > 0, float("nan"), found)
     amax = tl.where(found < SMALLEST_AMAX, SMALLEST_AMAX, found)
     factor = tl.div_rn(E4M3_MAX, amax)
     tl.store(scale_ptr + row, tl.div_rn(amax, E4M3_MAX))
-    for start in range(0, C, BLOCK_C):
-        at = start + lanes
-        x = tl.load(x_ptr + row * x_stride + at, mask=at < C, other=0.0).to(tl.float32)
-        tl.store(codes_ptr + row * C + at, _to_codes(x, factor, PRE_ROUND), mask=at < C)
+    if ONE_PASS:
+        tl.store(codes_ptr + row * C + lanes, _to_codes(held, factor, PRE_ROUND), mask=lanes < C)
+    else:
+        for start in range(0, C, BLOCK_C):
+            at = start + lanes
+            x = tl.load(x_ptr + row * x_stride + at, mask=at < C, other=0.0).to(tl.float32)
+            tl.store(codes_ptr + row * C + at, _to_codes(x, factor, PRE_ROUND), mask=at < C)
 
 
 @triton.jit
@@ -75,7 +84,7 @@ def _block_quantize_kernel(x_ptr, codes_ptr, scale_ptr, x_stride, R, C, PRE_ROUN
 
 @triton.jit
 def _dequantize_kernel(codes_ptr, scale_ptr, out_ptr, R, C, scale_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """A tile of ROWS x COLUMNS; SIZE = 1: one scale per row, else one per SIZE x SIZE block."""
+    """A tile of ROWS x COLUMNS; SIZE = 1: one scale per row, else the tile lies inside one SIZE x SIZE block."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (rows < R) & (columns < C)
@@ -83,7 +92,7 @@ def _dequantize_kernel(codes_ptr, scale_ptr, out_ptr, R, C, scale_stride, ROWS: 
     if SIZE == 1:
         scale = tl.load(scale_ptr + rows, mask=rows < R, other=0.0)
     else:
-        scale = tl.load(scale_ptr + rows // SIZE * scale_stride + columns // SIZE, mask=mask, other=0.0)
+        scale = tl.load(scale_ptr + tl.program_id(0) * ROWS // SIZE * scale_stride + tl.program_id(1) * COLUMNS // SIZE)
     tl.store(out_ptr + rows * C + columns, (codes * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -94,10 +103,10 @@ def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     columns = x.shape[-1]
     if scale.numel():
-        block = min(4096, triton.next_power_of_2(max(16, columns)))
-        warps = max(1, min(8, block // 512))
+        block = min(16384, triton.next_power_of_2(max(16, columns)))
+        warps = max(1, min(16, block // 512))
         _row_quantize_kernel[(scale.numel(),)](
-            x, codes, scale, stride, columns, PRE_ROUND=not x.is_cuda, BLOCK_C=block, num_warps=warps
+            x, codes, scale, stride, columns, PRE_ROUND=not x.is_cuda, ONE_PASS=columns <= block, BLOCK_C=block, num_warps=warps
         )
     return codes, scale
 

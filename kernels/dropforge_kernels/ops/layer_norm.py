@@ -84,10 +84,10 @@ def _forward(x, weight, bias, eps):
     width = x.shape[-1]
     x, x_stride = as_rows(x)
     rows = x.numel() // width
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        block_h, block_r, warps = row_block(width)
+        block_h, block_r, warps = row_block(width, forward=True)
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, weight, bias, y, mean, rstd, x_stride, rows, eps, width, block_h, block_r, bias is not None,
             num_warps=warps,
@@ -101,8 +101,8 @@ def _backward(dy, x, weight, mean, rstd, parameters):
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(x)
     rows = rstd.numel()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_h, block_r, warps = row_block(width)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block_h, block_r, warps = row_block(width, forward=False)
     blocks = triton.cdiv(rows, block_r)
     programs, partial, stages = blocks, None, 1
     if parameters:

@@ -21,8 +21,8 @@ from dropforge_kernels.checks import FLOATS, check_dtype, check_same_device, che
 from dropforge_kernels.dispatch import Backend, choose
 
 OP = "nf4_dequantize"
-TILE_BYTES = 2048
-"""Packed bytes of one program: 4,096 values."""
+TILE_BYTES = 1024
+"""Packed bytes of one program, 16 a thread: 2,048 values. Measured best on an H200."""
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def nf4_dequantize_kernel(
     nested_offset_ptr,
     out_ptr,
     numel,
-    blocks,
+    EVEN: tl.constexpr,
     NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
     BYTES: tl.constexpr,
@@ -46,23 +46,26 @@ def nf4_dequantize_kernel(
     """
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     row = tl.arange(0, BLOCKS)
-    live = first + row < blocks
     byte = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-    left = (numel + 1) // 2 - first * BYTES
-    both = tl.load(packed_ptr + first * BYTES + byte, mask=byte < left, other=0).to(tl.int32)
+    at = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
+    live, in_bytes, in_values = None, None, None
+    if not EVEN:
+        left = tl.minimum(numel - first * (2 * BYTES), 2 * BYTES * BLOCKS).to(tl.int32)
+        live = row * (2 * BYTES) < left
+        in_bytes = 2 * byte < left
+        in_values = at < left
+    both = tl.load(packed_ptr + first * BYTES + byte, mask=in_bytes).to(tl.int32)
     if NESTED:
-        level = tl.load(absmax_ptr + first + row, mask=live, other=0).to(tl.int32)
-        group = (first + row) // NESTED_BLOCK
-        scale = tl.load(nested_code_ptr + level) * tl.load(nested_absmax_ptr + group, mask=live, other=0.0)
-        scale += tl.load(nested_offset_ptr)
+        level = tl.load(absmax_ptr + first + row, mask=live).to(tl.int32)  # any byte is a valid index
+        group = ((first % NESTED_BLOCK).to(tl.int32) + row) // NESTED_BLOCK
+        group_scale = tl.load(nested_absmax_ptr + first // NESTED_BLOCK + group, mask=live)
+        scale = tl.load(nested_code_ptr + level) * group_scale + tl.load(nested_offset_ptr)
     else:
-        scale = tl.load(absmax_ptr + first + row, mask=live, other=0.0)
-    nibbles = tl.reshape(tl.join(both >> 4, both & 15), (2 * BLOCKS * BYTES,))
+        scale = tl.load(absmax_ptr + first + row, mask=live)
+    nibbles = tl.reshape(tl.join((both >> 4) & 15, both & 15), (2 * BLOCKS * BYTES,))
     values = tl.gather(tl.load(code_ptr + tl.arange(0, 16)), nibbles, 0)
     values = tl.reshape(values, (BLOCKS, 2 * BYTES)) * scale[:, None]
-    at = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-    out_ptr += first * (2 * BYTES)
-    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < numel - first * (2 * BYTES))
+    tl.store(out_ptr + first * (2 * BYTES) + at, values.to(out_ptr.dtype.element_ty), mask=in_values)
 
 
 def _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize):
@@ -81,12 +84,12 @@ def _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out
         nested_offset if nested else absmax,
         out,
         numel,
-        blocks,
+        EVEN=numel % (rows * blocksize) == 0,
         NESTED=nested,
         NESTED_BLOCK=nested_blocksize,
         BYTES=blocksize // 2,
         BLOCKS=rows,
-        num_warps=4,
+        num_warps=2,
         enable_fp_fusion=False,  # bitsandbytes rounds the product before it adds the offset
     )
 

@@ -106,14 +106,14 @@ def rms_norm_forward(
     width = x.shape[-1]
     x, x_stride = as_rows(x)
     rows = x.numel() // width
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = x.new_empty(rows, dtype=torch.float32)
     total, residual_stride = x, 0
     if residual is not None:
         residual, residual_stride = as_rows(residual)
         total = torch.empty_like(y)
     if rows:
-        block_h, block_r, warps = row_block(width)
+        block_h, block_r, warps = row_block(width, forward=True)
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, residual, weight, y, total, rstd, x_stride, residual_stride, rows, eps, offset,
             width, block_h, block_r, residual is not None, weight is not None, llama, num_warps=warps,
@@ -135,11 +135,11 @@ def rms_norm_backward(
     dy, dy_stride = as_rows(dy)
     s, s_stride = as_rows(s)
     rows = rstd.numel()
-    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dx = torch.empty_like(s, memory_format=torch.contiguous_format)
     ds_stride = 0
     if ds is not None:
         ds, ds_stride = as_rows(ds)
-    block_h, block_r, warps = row_block(width)
+    block_h, block_r, warps = row_block(width, forward=False)
     blocks = triton.cdiv(rows, block_r)
     programs, partial, stages = blocks, None, 1
     if weight_gradient:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 STATE_BLOCK = 256
+SMALLEST_ABSMAX = 1e-37
 
 
 @dataclass(frozen=True)
 class AdamWState:
-    """What AdamW keeps between steps. 32 bits: exp_avg and exp_avg_sq fp32 (n). 8 bits: uint8 (n) codes into ``code`` and ``code_sq``
-    (fp32, 256 each), times one absmax (fp32) per 256 values. ``step``: int32 (2): completed steps, and a counter that is 0 between steps.
+    """What AdamW keeps between steps. 32 bits: exp_avg and exp_avg_sq fp32 (n). 8 bits: uint8 (n) codes of the
+    signed and unsigned ``dynamic_map``, times one absmax (fp32) per 256 values. ``step``: int32 (2): completed steps, and a counter that is 0 between steps.
     """
 
     exp_avg: torch.Tensor
@@ -20,8 +21,6 @@ class AdamWState:
     step: torch.Tensor
     absmax: torch.Tensor | None = None
     absmax_sq: torch.Tensor | None = None
-    code: torch.Tensor | None = None
-    code_sq: torch.Tensor | None = None
 
 
 def dynamic_map(*, signed: bool) -> torch.Tensor:
@@ -37,19 +36,21 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
     return torch.cat(values).sort().values
 
 
-def quantize_state(values: torch.Tensor, code: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_state(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes uint8, absmax per block) of a flat fp32 tensor: nearest code, but an unsigned value above 0 never becomes 0."""
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    relative = blocks / torch.where(absmax > 0, absmax, torch.ones_like(absmax))[:, None]
+    relative = blocks / absmax.clamp_min(SMALLEST_ABSMAX)[:, None]
+    code = dynamic_map(signed=signed).to(values.device)
     codes = torch.bucketize(relative, (code[1:] + code[:-1]) / 2, right=True)
     if not signed:
         codes = torch.where((relative > 0) & (codes == 0), 1, codes)
     return codes.to(torch.uint8).view(-1)[: values.numel()], absmax
 
 
-def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+def dequantize_state(codes: torch.Tensor, absmax: torch.Tensor, *, signed: bool) -> torch.Tensor:
     """The fp32 values of a quantised state."""
+    code = dynamic_map(signed=signed).to(codes.device)
     return code[codes.long()] * absmax.repeat_interleave(STATE_BLOCK)[: codes.numel()]
 
 
@@ -79,8 +80,8 @@ def adamw(
         if max_norm is not None:
             g = g * (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
     eight = state.absmax is not None
-    m = dequantize_state(state.exp_avg, state.absmax, state.code) if eight else state.exp_avg
-    v = dequantize_state(state.exp_avg_sq, state.absmax_sq, state.code_sq) if eight else state.exp_avg_sq
+    m = dequantize_state(state.exp_avg, state.absmax, signed=True) if eight else state.exp_avg
+    v = dequantize_state(state.exp_avg_sq, state.absmax_sq, signed=False) if eight else state.exp_avg_sq
     step = int(state.step[0]) + 1
     m = m + (1 - betas[0]) * (g - m)
     v = v + (1 - betas[1]) * (g * g - v)
@@ -95,10 +96,10 @@ def adamw(
         state.exp_avg.copy_(m)
         state.exp_avg_sq.copy_(v)
         return
-    for codes, absmax, code, value, signed in (
-        (state.exp_avg, state.absmax, state.code, m, True),
-        (state.exp_avg_sq, state.absmax_sq, state.code_sq, v, False),
+    for codes, absmax, value, signed in (
+        (state.exp_avg, state.absmax, m, True),
+        (state.exp_avg_sq, state.absmax_sq, v, False),
     ):
-        new_codes, new_absmax = quantize_state(value, code, signed=signed)
+        new_codes, new_absmax = quantize_state(value, signed=signed)
         codes.copy_(new_codes)
         absmax.copy_(new_absmax)
