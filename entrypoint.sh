@@ -18,6 +18,9 @@ for name in JUPYTER_PASSWORD USER_PASSWORD HF_TOKEN WANDB_API_KEY SSH_KEY PUBLIC
 	export "$name=$value"
 	unset "$file"
 done
+if ! { mkdir -p "$run" && : >"$run/.write-test"; } 2>/dev/null; then
+	fail "$run cannot be written" "fix: with --read-only, give --tmpfs $run --tmpfs /tmp"
+fi
 [[ $data == /* && -d $data ]] || fail "DROPFORGE_DATA: the folder $data does not exist in the container"
 
 name_user() { # the name dropforge means uid $1 from here on; this name service refuses ids below 500
@@ -30,14 +33,14 @@ name_user() { # the name dropforge means uid $1 from here on; this name service 
 if [[ $(id -u) == 0 ]]; then
 	owner=$(stat -c %u "$data")
 	uid=${PUID:-${NB_UID:-$((owner == 0 ? 1000 : owner))}}
-	gid=${PGID:-${NB_GID:-$((owner == 0 || owner != uid ? uid : $(stat -c %g "$data")))}}
+	gid=${PGID:-${NB_GID:-$([[ $uid == "$owner" ]] && stat -c %g "$data" || echo "$uid")}}
 	[[ $uid =~ ^[1-9][0-9]{0,8}$ && $gid =~ ^[0-9]{1,9}$ ]] ||
 		fail "PUID=$uid PGID=$gid: both must be numbers, and PUID not 0: services never run as root"
 	if ! setpriv --reuid "$uid" --regid "$gid" --clear-groups true 2>/dev/null; then
 		fail "started as root, but without the right to become uid $uid (capabilities SETUID, SETGID)" \
 			"fix: docker run --user $uid:$gid ..."
 	fi
-	mkdir -p "$run" && find "$run" -mindepth 1 -delete
+	find "$run" -mindepth 1 -delete
 	chown "$uid:$gid" "$run" && chmod 755 "$run"
 	name_user "$uid" "$gid"
 	# Docker creates a missing mount folder as root; what root owns at the top of the data root becomes the service's.
@@ -54,7 +57,7 @@ if [[ $(id -u) == 0 ]]; then
 fi
 
 if [[ ${DROPFORGE_STARTED_BY:-} != root ]]; then
-	mkdir -p "$run" && find "$run" -mindepth 1 -delete
+	find "$run" -mindepth 1 -delete
 	name_user "$(id -u)" "$(id -g)"
 	[[ -z ${USER_PASSWORD:-} ]] || fail "USER_PASSWORD: sudo needs a container started as root" "fix: no --user"
 	/opt/dropforge/hooks.sh /etc/dropforge/before-start.d

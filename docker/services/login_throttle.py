@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jupyter_server.auth.identity import PasswordIdentityProvider, User
-from tornado.web import HTTPError, RequestHandler
+from tornado.web import Finish, RequestHandler
 
 FREE_FAILURES = 5
 WINDOW_SECONDS = 600.0
@@ -69,12 +69,14 @@ class ThrottledLogin(PasswordIdentityProvider):
         """Nothing to warn about: in a container the server must listen on every address, and there is a password."""
 
     def process_login_form(self, handler: RequestHandler) -> User | None:
-        """The user, or None for a wrong password. Raises 429 while the login is closed."""
+        """The user, or None for a wrong password. Answers 429 while the login is closed."""
         address = handler.request.remote_ip or "unknown"
         wait = self.throttle.wait(address)
         if wait > 0:
+            handler.set_status(429)
             handler.set_header("Retry-After", str(int(wait) + 1))
-            raise HTTPError(429, f"too many wrong passwords; try again in {int(wait) + 1} seconds")
+            handler.finish(f"Too many wrong passwords; try again in {int(wait) + 1} seconds.")
+            raise Finish
         if not self.passwd_check(handler.get_body_argument("password", default="", strip=False)):
             self.throttle.failed(address)
             return None

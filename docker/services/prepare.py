@@ -35,8 +35,11 @@ class Refused(Exception):
 
 
 def main() -> int:
+    from dropforge.errors import DropforgeError
+
     env = os.environ
     try:
+        stop_seconds = seconds_to_stop()
         data = Path(env["DROPFORGE_DATA"])
         facts = {
             "data": str(data),
@@ -49,10 +52,11 @@ def main() -> int:
         if facts["ssh_port"]:
             ssh(env, data, port=facts["ssh_port"])
         keep_secrets(env)
-    except Refused as refusal:
+    except (Refused, DropforgeError) as refusal:
         print(f"dropforge: ERROR: {refusal}", file=sys.stderr)
         return 64
-    supervisord(ssh=bool(facts["ssh_port"]))
+    render("supervisord.conf", RUN / "supervisord.conf", ssh=str(bool(facts["ssh_port"])).lower(),
+           stop_seconds=str(stop_seconds))  # fmt: skip
     (RUN / "env.sh").write_text(
         "".join(f"export {name}={shlex.quote(env[name])}\n" for name in SHELL_VARIABLES if name in env), encoding="utf-8"
     )
@@ -183,11 +187,11 @@ def keep_secrets(env: Mapping[str, str]) -> None:
             write_private(RUN / "secrets" / name, secret(name, env[name].strip()))
 
 
-def supervisord(*, ssh: bool) -> None:
+def seconds_to_stop() -> int:
+    """How long supervisord waits for the daemon. Raises EnvironmentFault for settings that make no sense."""
     from dropforge.settings import settings
 
-    stop_seconds = int(settings().grace_seconds) + GRACE_MARGIN_SECONDS
-    render("supervisord.conf", RUN / "supervisord.conf", ssh=str(ssh).lower(), stop_seconds=str(stop_seconds))
+    return int(settings().grace_seconds) + GRACE_MARGIN_SECONDS
 
 
 def render(name: str, target: Path, **values: str) -> None:

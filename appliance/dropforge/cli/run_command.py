@@ -15,7 +15,7 @@ from dropforge.cli.follow import Follower, exit_status, follow
 from dropforge.cli.output import data_root, emit
 from dropforge.cli.queue_commands import as_json, describe, put_into_inbox, wait_for_id
 from dropforge.daemon.query import JobView, find_job, list_jobs
-from dropforge.errors import CommandError
+from dropforge.daemon.singleton import daemon_is_alive
 from dropforge.paths import DataRoot
 from dropforge.states import State
 
@@ -23,13 +23,11 @@ from dropforge.states import State
 def run(arguments: Namespace) -> int:
     root = data_root(arguments, create=True)
     dropped = put_into_inbox(root, arguments.spec)
-    try:
-        job = _serve_one(root, dropped)
-    except CommandError as error:
-        if error.code != "daemon-running":
-            raise
+    if daemon_is_alive(root):
         print("a daemon serves this data root; handing the job to it", file=sys.stderr)
         job = follow(root, wait_for_id(root, dropped, seconds=60).id)
+    else:
+        job = _serve_one(root, dropped)
     emit(arguments, as_json(root, job), describe(root, job))
     return exit_status(job.state)
 

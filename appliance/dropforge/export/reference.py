@@ -32,7 +32,9 @@ class Answer:
 
     prompt: list[int]
     tokens: list[int]
-    """Greedy continuation, at most ANSWER_TOKENS."""
+    """Greedy continuation, ANSWER_TOKENS long whatever ends in it: every step is a prediction to compare."""
+    end: int
+    """How many of `tokens` belong to the answer, its end token included."""
     logprobs: Array
     """float32 [T, V]: natural log-probabilities of the token after the prompt, after one more token ..."""
     margins: list[float]
@@ -145,7 +147,7 @@ def merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
 
 
 def answers(model: Any, prompts: list[list[int]], *, stop: int | None) -> list[Answer]:
-    """Continue each prompt greedily up to ANSWER_TOKENS tokens or `stop`, without a cache (every step is exact)."""
+    """Continue each prompt greedily by ANSWER_TOKENS tokens; `stop` ends the answer. Without a cache, so exact."""
     import torch
 
     result = []
@@ -160,9 +162,10 @@ def answers(model: Any, prompts: list[list[int]], *, stop: int | None) -> list[A
                 rows.append(row)
                 margins.append(float(best.values[0] - best.values[1]))
                 tokens.append(int(best.indices[0]))
-                if tokens[-1] == stop:
-                    break
-            result.append(Answer(prompt=prompt, tokens=tokens, logprobs=torch.stack(rows).numpy(), margins=margins))
+            end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
+            result.append(
+                Answer(prompt=prompt, tokens=tokens, end=end, logprobs=torch.stack(rows).numpy(), margins=margins)
+            )
     return result
 
 

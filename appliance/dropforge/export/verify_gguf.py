@@ -140,7 +140,7 @@ def _greedy(server: LlamaServer, answers: list[Answer]) -> list[bool]:
     results = []
     for answer in answers:
         ties = [step for step, margin in enumerate(answer.margins) if margin < NEAR_TIE]
-        length = ties[0] if ties else len(answer.tokens)
+        length = min([answer.end, *ties])
         tokens = server.continue_greedily(answer.prompt, max_tokens=length) if length else []
         results.append(tokens == answer.tokens[:length])
     return results

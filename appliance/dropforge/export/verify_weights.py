@@ -32,7 +32,7 @@ LIMITS = {
 def compare_weights(path: Path, *, source: Path) -> dict[str, Any]:
     """Compare a GGUF with the 16-bit GGUF it was made from; returns tensors by stored type and the worst error.
 
-    Raises ExportError (gguf-weights): a tensor is missing, added, of another shape, or further off than its type may be.
+    Raises ExportError (gguf-weights): a tensor is missing, added, of another shape, or off by more than its type may.
     """
     import gguf
 

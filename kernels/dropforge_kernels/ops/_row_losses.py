@@ -65,6 +65,7 @@ def row_loss(
         WRITE_GRADIENT=gradient,
         HAS_UPSTREAM=upstream is not None,
         LANES=lanes_for(vocabulary, warps),
+        LANES_OUT=lanes_for(vocabulary, warps, 1),
         WIDTH=WIDTH,
         num_warps=warps,
     )

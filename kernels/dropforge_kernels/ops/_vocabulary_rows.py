@@ -51,6 +51,7 @@ def _row_statistics(
     HAS_SOFTCAP: tl.constexpr,
     NEED_SUM: tl.constexpr,
     NEED_ENTROPY: tl.constexpr,
+    EVICTION: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -62,7 +63,7 @@ def _row_statistics(
     moment = tl.zeros([LANES], tl.float32)  # sum of exp(z - peak) * z
     for start in range(0, V, LANES * WIDTH):
         mask = start + offsets < V
-        x = tl.load(row_ptr + start + offsets, mask=mask, other=0.0)
+        x = tl.load(row_ptr + start + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
         z = _scaled(x, logit_scale, softcap, HAS_SOFTCAP)
         if NEED_SUM:
             total += tl.sum(tl.where(mask, z, 0.0), axis=1)
@@ -123,6 +124,7 @@ def row_loss_kernel(
     WRITE_GRADIENT: tl.constexpr,
     HAS_UPSTREAM: tl.constexpr,
     LANES: tl.constexpr,
+    LANES_OUT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One row: nll, lse, entropy (fp32) and, if asked, d nll / d logits times the scalar ``upstream``, where the logits were.
@@ -135,24 +137,25 @@ def row_loss_kernel(
     row_ptr = logits_ptr + row * logits_row_stride
     out_ptr = gradient_ptr + row * logits_row_stride
     target = tl.load(target_ptr + row)
-    offsets = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    steps = tl.cdiv(V, LANES * WIDTH)
+    offsets = tl.arange(0, LANES_OUT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    steps = tl.cdiv(V, LANES_OUT * WIDTH)
+    EVICTION: tl.constexpr = "evict_last" if WRITE_GRADIENT else "evict_first"
     if target == ignore_index:
         tl.store(nll_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         if NEED_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         if WRITE_GRADIENT:
-            zero = tl.zeros([LANES, WIDTH], logits_ptr.dtype.element_ty)
+            zero = tl.zeros([LANES_OUT, WIDTH], logits_ptr.dtype.element_ty)
             for step in range(0, steps):
-                at = step * (LANES * WIDTH) + offsets
+                at = step * (LANES_OUT * WIDTH) + offsets
                 tl.store(out_ptr + at, zero, mask=at < V)
     else:
         inside = (target >= 0) & (target < V)
         at_target = tl.load(row_ptr + target, mask=inside, other=float("nan"))
         z_target = _scaled(at_target, logit_scale, softcap, HAS_SOFTCAP)
         lse, total, entropy = _row_statistics(
-            row_ptr, V, logit_scale, softcap, HAS_SOFTCAP, NEED_SUM, NEED_ENTROPY, LANES, WIDTH
+            row_ptr, V, logit_scale, softcap, HAS_SOFTCAP, NEED_SUM, NEED_ENTROPY, EVICTION, LANES, WIDTH
         )
         lse = tl.where(inside, lse, float("nan"))
         nll = (1.0 - smoothing) * (lse - z_target) + z_weight * lse * lse
@@ -170,11 +173,11 @@ def row_loss_kernel(
             T = -g * (1.0 - smoothing)
             C = -g * smoothing / V
             for step in range(0, steps):
-                at = (steps - 1 - step) * (LANES * WIDTH) + offsets
+                at = (steps - 1 - step) * (LANES_OUT * WIDTH) + offsets
                 mask = at < V
-                x = tl.load(row_ptr + at, mask=mask, other=0.0)
+                x = tl.load(row_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
                 dx = _gradient(x, at == target, lse, A, T, C, 0.0, logit_scale, softcap, HAS_SOFTCAP, False)
-                tl.store(out_ptr + at, dx.to(gradient_ptr.dtype.element_ty), mask=mask)
+                tl.store(out_ptr + at, dx.to(gradient_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -267,6 +270,8 @@ def reduce_loss_kernel(
         tl.store(loss_ptr, tl.sum(total, axis=0) * scale)
 
 
-def lanes_for(vocabulary: int, warps: int) -> int:
-    """Lanes of one step: each thread takes up to two groups of WIDTH values (measured best on an H200), fewer for short rows."""
-    return max(32, min(warps * 32 * 2, triton.next_power_of_2(triton.cdiv(vocabulary, WIDTH))))
+def lanes_for(vocabulary: int, warps: int, groups: int = 2) -> int:
+    """Lanes of one step: each thread takes up to ``groups`` groups of WIDTH values, fewer for short rows. Two were best on an H200 for
+    reading, one for the pass that reads the cache and writes.
+    """
+    return max(32, min(warps * 32 * groups, triton.next_power_of_2(triton.cdiv(vocabulary, WIDTH))))

@@ -27,31 +27,32 @@ from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState
 OP = "adamw"
 LOG2_10 = tl.constexpr(3.321928094887362)
 SMALLEST_ABSMAX = tl.constexpr(1e-37)  # below, a reciprocal would overflow
-LOG10_2 = tl.constexpr(0.30102999566398120)
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23
+ROUNDER_BITS = tl.constexpr(0x4B400000)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_OF_CELL = tl.constexpr(0.15200309344504995)  # log2(1 / 0.9): a decade's cells divide 0.9 of its end
 
 
 @triton.jit
 def _cell(relative, SIGNED: tl.constexpr):
     """Index of the dynamic map's nearest value for 0 <= relative <= 1, counted from its zero.
 
-    Decade i = 0..6 ends at 10^(i - 6) and has n = n0 2^i cells; its codes start at index n - n0 + 1. In cells from the decade's start,
-    the border to the last cell of the decade below is 0.2 (half way between the two middles), whatever i is; the border to zero in
-    decade 0 and to 1.0 in decade 6 have values of their own. An inexact logarithm may name a neighbour for a value at a decade's end;
-    the clamps below then give the same cell.
+    Decade i = 0..6 ends at 10^(i - 6) and has n = n0 2^i cells; its codes start at index n - n0 + 1. The border between decades is half
+    way between the middles of the cells beside it: 0.9 / n above the lower one's end. Selecting among constants is cheaper here than a
+    logarithm and conversions, which queue for the special-function units.
     """
     n0: tl.constexpr = 1 if SIGNED else 2
-    zero_border: tl.constexpr = 0.19444444 if SIGNED else 0.13888889
-    decade = tl.ceil(tl.log2(tl.maximum(relative, 1e-8)) * LOG10_2 + 6.0)
-    decade = tl.minimum(tl.maximum(decade, 0.0), 6.0)
-    n_whole = n0 << decade.to(tl.int32)
-    n = n_whole.to(tl.float32)
-    cell = relative * tl.exp2(decade * (1.0 - LOG2_10) + (6.0 * LOG2_10 + LOG2_OF_CELL + n0 - 1)) - n * 0.11111111
-    border = tl.where(decade == 0.0, zero_border, 0.2)
-    index = n_whole + (1 - n0) + tl.minimum(tl.maximum(cell, 0.0), n - 1.0).to(tl.int32)
-    index -= (cell < border).to(tl.int32)
-    return tl.where(cell >= n0 * 64.0 - 0.25, 64 * n0 * 2 - n0 + 1, index)
+    n = tl.full(relative.shape, n0, tl.float32)
+    factor = tl.full(relative.shape, n0 * 1e6 / 0.9, tl.float32)  # cells per unit
+    for i in tl.static_range(1, 7):
+        above = relative >= (10.0 ** (i - 7)) * (1.0 + 0.9 / (n0 * 2.0 ** (i - 1)))
+        n = tl.where(above, n0 * 2.0**i, n)
+        factor = tl.where(above, n0 * 2.0**i * 10.0 ** (6 - i) / 0.9, factor)
+    cell = relative * factor - n * 0.11111111
+    # Adding ROUNDER rounds to the nearest integer and leaves it in the low bits; round(x - 0.5) is floor(x).
+    floored = tl.minimum(tl.maximum(cell - 0.5, -0.25), n - 1.0) + n + ROUNDER
+    index = floored.to(tl.int32, bitcast=True) - (ROUNDER_BITS + n0 - 1)
+    index = tl.where(relative < 0.5e-6 * (0.1 + 0.45 / n0), 0, index)
+    return tl.where(relative >= 1.0 - 0.225 / (n0 * 64.0), 64 * n0 * 2 - n0 + 1, index)
 
 
 @triton.jit
@@ -77,10 +78,12 @@ def _decode(code, SIGNED: tl.constexpr):
     if SIGNED:
         index -= 127
     size = tl.abs(index)
-    bits = ((size + n0 - 1).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    decade = (bits >> 23) - (127 + n0 - 1)
+    # an integer below 2^23 put under the exponent of 2^23 is that float plus 2^23: a conversion without a conversion instruction
+    q = ((size + (n0 - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - 8388607.5
+    bits = q.to(tl.int32, bitcast=True)
+    decade = (((bits >> 23) - (127 + n0 - 1 - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - 8388609.0
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    value = tl.exp2((decade - 6).to(tl.float32) * LOG2_10) * (0.9 * mantissa - 0.8)
+    value = tl.exp2(decade * LOG2_10 - 6.0 * LOG2_10) * (0.9 * mantissa - 0.8)
     value = tl.where(size == 0, 0.0, tl.where(size == 128 * n0 - n0 + 1, 1.0, value))
     return tl.where(index < 0, -value, value)
 

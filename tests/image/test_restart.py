@@ -1,0 +1,134 @@
+"""Stop during training, restart, a new container on the same folder, another password."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from image_container import Container, docker, until
+from image_jupyter import Browser
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "elements"
+LONG_JOB = """\
+version: 1
+name: long
+model: {id: "builtin:tiny-llama", max_seq_length: 64}
+data: elements.jsonl
+train: {max_steps: 90, effective_batch_size: 16, optim: adamw_torch}
+export: [adapter]
+"""
+STOP_SECONDS = 60
+
+
+def drop(container: Container, name: str, text: str) -> None:
+    (container.work / "datasets").mkdir(exist_ok=True)
+    shutil.copy(EXAMPLE / "elements.jsonl", container.work / "datasets")
+    staged = container.work / "inbox" / ".staging" / name
+    staged.write_text(text)
+    staged.rename(container.work / "inbox" / name)
+
+
+def host_keys(container: Container) -> str:
+    done = subprocess.run(
+        ["ssh-keyscan", "-p", str(container.port(22)), "-t", "ed25519", "127.0.0.1"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split("ssh-ed25519")[1].strip()
+
+
+def test_stop_saves_start_resumes_and_everything_is_still_there(
+    start: Callable[..., Container], ssh_key: Path
+) -> None:
+    variables = {"SSH_KEY": ssh_key.with_suffix(".pub").read_text(), "JUPYTER_PASSWORD": "first"}
+    container = start(env=variables)
+    drop(container, "long.yaml", LONG_JOB)
+    until(120, "some steps", lambda: (container.job("long.yaml").get("status") or {}).get("step", 0) >= 10)
+    key, mine = host_keys(container), container.work / "notebooks" / "mine.ipynb"
+    mine.write_text("{}")
+
+    began = time.monotonic()
+    docker("stop", "--time", str(STOP_SECONDS), container.id)
+    assert time.monotonic() - began < STOP_SECONDS - 10, "stopping did not wait to be killed"
+    assert container.inspect()["State"]["ExitCode"] == 0
+    (run,) = (container.work / "runs").iterdir()
+    saved = [path.name for path in (run / "checkpoints").iterdir()]
+    assert saved, "a checkpoint was saved while stopping"
+
+    docker("start", container.id)
+    container.wait_ready(times=2)
+    assert host_keys(container) == key
+    resumed = container.wait_job("long.yaml", "succeeded")
+    assert sorted(path.name for path in (run / "attempts").iterdir()) == ["001", "002"]
+    assert resumed["status"]["step"] == 90
+    assert (container.work / resumed["result"] / "COMPLETE").exists()
+
+    docker("stop", container.id)
+    docker("rm", container.id)
+    other = start(env={**variables, "JUPYTER_PASSWORD": "second"})
+    assert host_keys(other) == key
+    assert other.job("long.yaml")["state"] == "succeeded"
+    assert mine.read_text() == "{}"
+    assert Browser(other.port(8888)).login("first") == 401
+    assert Browser(other.port(8888)).login("second") == 302
+
+
+def test_a_generated_password_is_shown_once_and_kept(start: Callable[..., Container]) -> None:
+    container = start()
+    kept = container.work / "state" / "jupyter_password"
+    password = kept.read_text().strip()
+    assert len(password) >= 16 and kept.stat().st_mode & 0o777 == 0o600
+    assert container.logs().count(password) == 1
+    assert Browser(container.port(8888)).login(password) == 302
+    docker("restart", "--time", "30", container.id)
+    container.wait_ready(times=2)
+    assert container.logs().count(password) == 1
+    assert "the one in /workspace/work/state/jupyter_password" in container.logs()
+    assert Browser(container.port(8888)).login(password) == 302
+
+
+def test_a_second_container_on_the_same_folder_ends_and_says_why(start: Callable[..., Container]) -> None:
+    first = start()
+    second = start(ready=False)
+    assert second.wait_exit() == 70
+    assert "another daemon serves this data root" in second.logs()
+    assert first.health() == (0, "healthy\n")
+
+
+@pytest.mark.parametrize("service", ["jupyter", "sshd", "daemon", "exit_on_fatal"])
+def test_a_killed_service_is_seen_and_comes_back(start: Callable[..., Container], ssh_key: Path, service: str) -> None:
+    container = start(env={"SSH_KEY": ssh_key.with_suffix(".pub").read_text()})
+    until(15, "healthy", lambda: container.health()[0] == 0)
+    before = container.pid(service)
+    container.exec("kill", "-9", str(before))
+    status, text = container.health()
+    assert status == 1 and (service in text or "heartbeat" in text), text
+    until(40, "healthy again", lambda: container.health()[0] == 0)
+    assert container.pid(service) not in (0, before)
+    assert container.running
+
+
+def test_a_stopped_daemon_is_seen(start: Callable[..., Container]) -> None:
+    """It hangs: alive for supervisord, but its heart does not beat."""
+    container = start()
+    container.exec("kill", "-STOP", str(container.pid("daemon")))
+    until(60, "unhealthy", lambda: "heartbeat is" in container.health()[1], every=2)
+    container.exec("kill", "-CONT", str(container.pid("daemon")))
+    until(20, "healthy again", lambda: container.health()[0] == 0)
+
+
+def test_a_service_that_cannot_be_kept_up_ends_the_container(start: Callable[..., Container], ssh_key: Path) -> None:
+    container = start(env={"SSH_KEY": ssh_key.with_suffix(".pub").read_text()})
+    container.exec("sh", "-c", "echo nonsense > /run/dropforge/ssh/sshd_config")
+    container.exec("kill", "-9", str(container.pid("sshd")))
+    assert container.wait_exit() == 70
+    assert "sshd cannot be kept up" in container.logs()
+
+
+def test_supervisord_killed_ends_the_container(start: Callable[..., Container]) -> None:
+    container = start()
+    container.exec("sh", "-c", "kill -9 $(cat /run/dropforge/supervisord.pid)")
+    assert container.wait_exit() == 137
