@@ -33,8 +33,9 @@ def not_yet(spec: Spec) -> list[Problem]:
         asked.append(("data.format", spec.data.format, FORMATS.get(spec.data.format, CURRENT)))
     if spec.data.packing is True:
         asked.append(("data.packing", "true", "0.2"))
-    if spec.adapter.init_lora_weights == "loftq":
-        asked.append(("adapter.init_lora_weights", "loftq", "0.2"))
+    if spec.adapter.init_lora_weights in ("loftq", "pissa", "olora"):
+        # They change the base weights too, which the merge does not undo yet.
+        asked.append(("adapter.init_lora_weights", spec.adapter.init_lora_weights, "0.2"))
     if spec.model.remote_code:
         asked.append(("model.remote_code", "true", "0.2"))
     if spec.publish.hub:

@@ -1,11 +1,12 @@
 """NF4 double-quantised weights to bf16: the seven matrices of one Llama-8B layer into caller's buffers, and its largest alone.
 
-``tokens`` holds the number of matrices. Weights are quantised by bitsandbytes in every process; "bitsandbytes" is measured in ours.
+"one launch" is ops.nf4_dequantize_group over the layer; peers have no such form, so their seven calls stand beside it. ``tokens`` holds the number of matrices. Weights are quantised by bitsandbytes in every process; "bitsandbytes" is measured in ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from runner import SHAPES, Case
@@ -51,6 +52,26 @@ def _providers(engines: frozenset[str]) -> dict[str, Callable]:
     return {}
 
 
+def _group_call(weights: list[tuple]) -> Callable[[], object]:
+    from dropforge_kernels import ops
+
+    fields = [
+        ops.Nf4Weight(packed, s.absmax, s.state2.absmax, s.offset, tuple(out.shape)) for packed, s, out in weights
+    ]
+    first = weights[0][1]
+    group = ops.nf4_group(fields, code=first.code, nested_code=first.state2.code)
+    buffer = torch.empty(group.numel, device="cuda", dtype=torch.bfloat16)
+    return lambda: ops.nf4_dequantize_group(group, buffer)
+
+
+def _check_group(weights: list[tuple], call: Callable[[], object]) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    for view, (packed, state, _) in zip(call(), weights, strict=True):
+        if not torch.equal(view.view(torch.int16), dequantize_4bit(packed, state).view(torch.int16)):
+            raise AssertionError(f"differs from bitsandbytes at {tuple(view.shape)}")
+
+
 def _check(weights: list[tuple]) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
@@ -80,3 +101,10 @@ def cases(engines: frozenset[str]) -> Iterator[Case]:
             bytes=moved,
             check=(lambda weights=weights: _check(weights)) if "ours" in engines else None,
         )
+        if shapes is LAYER:
+            check = None
+            if "ours" in engines:
+                providers = providers | {"ours": _group_call(weights)}
+                check = partial(_check_group, weights, providers["ours"])
+            common = {"op": "nf4_dequantize", "shape": SHAPES[0].name, "tokens": 7, "dtype": torch.bfloat16}
+            yield Case(direction="one launch", providers=providers, bytes=moved, check=check, **common)

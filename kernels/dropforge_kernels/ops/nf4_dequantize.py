@@ -26,7 +26,7 @@ TILE_BYTES = 1024
 
 
 @triton.jit
-def nf4_dequantize_kernel(
+def _tile(
     packed_ptr,
     absmax_ptr,
     code_ptr,
@@ -34,6 +34,7 @@ def nf4_dequantize_kernel(
     nested_code_ptr,
     nested_offset_ptr,
     out_ptr,
+    first,
     numel,
     EVEN: tl.constexpr,
     NESTED: tl.constexpr,
@@ -41,10 +42,11 @@ def nf4_dequantize_kernel(
     BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS quantisation blocks of BYTES bytes. The 16 values are looked up in shared memory (tl.gather), where 16 neighbouring words
-    never conflict; a lookup in device memory would also force the tile through a layout change on its way in and out.
+    """BLOCKS quantisation blocks of BYTES bytes from block ``first`` on. EVEN: the tile lies inside the weight, no masks.
+
+    The 16 values are looked up in shared memory (tl.gather), where 16 neighbouring words never conflict; a lookup in device memory would
+    also force the tile through a layout change on its way in and out.
     """
-    first = tl.program_id(0).to(tl.int64) * BLOCKS
     row = tl.arange(0, BLOCKS)
     byte = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     at = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
@@ -66,6 +68,54 @@ def nf4_dequantize_kernel(
     values = tl.gather(tl.load(code_ptr + tl.arange(0, 16)), nibbles, 0)
     values = tl.reshape(values, (BLOCKS, 2 * BYTES)) * scale[:, None]
     tl.store(out_ptr + first * (2 * BYTES) + at, values.to(out_ptr.dtype.element_ty), mask=in_values)
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    out_ptr,
+    numel,
+    EVEN: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One weight, one tile a program."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    _tile(
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, out_ptr,
+        first, numel, EVEN, NESTED, NESTED_BLOCK, BYTES, BLOCKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def nf4_group_kernel(
+    table_ptr, code_ptr, nested_code_ptr, out_ptr, W,
+    NESTED_BLOCK: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """W weights into one buffer, one after the other. Row w of the table: addresses of packed, absmax, nested absmax and offset, and the
+    number of the weight's first tile.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    w = 0
+    for i in range(1, W):
+        w += (tile >= tl.load(table_ptr + i * 5 + 4)).to(tl.int32)
+    row_ptr = table_ptr + w * 5
+    packed_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.uint8)), 16)
+    absmax_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(tl.uint8)), 16)
+    nested_absmax_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
+    nested_offset_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32))
+    start = tl.load(row_ptr + 4)
+    _tile(
+        packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr,
+        out_ptr + start * (2 * BYTES * BLOCKS), (tile - start) * BLOCKS, 0, True, True, NESTED_BLOCK, BYTES, BLOCKS,
+    )  # fmt: skip
 
 
 def _launch(packed, absmax, code, nested_absmax, nested_code, nested_offset, out, blocksize, nested_blocksize):

@@ -30,3 +30,4 @@ from dropforge_kernels.reference.swiglu import swiglu as swiglu
 from dropforge_kernels.reference.swiglu import swiglu_backward as swiglu_backward
 from dropforge_kernels.reference.swiglu import swiglu_clamped as swiglu_clamped
 from dropforge_kernels.reference.swiglu import swiglu_packed as swiglu_packed
+from dropforge_kernels.reference.nf4_group import nf4_dequantize_group as nf4_dequantize_group
