@@ -1,16 +1,20 @@
 # Dropforge for x86-64. The whole build: docs/reference/container.md. Needs BuildKit (DOCKER_BUILDKIT=1 on old engines).
 #
-#   docker build -t dropforge .                                          NVIDIA GPUs
+#   docker build -t dropforge .                                          NVIDIA GPUs, x86-64
 #   docker build -t dropforge --build-arg VARIANT=cpu .                  no GPU; torch: docker/local/wheels or TORCH_PIP_ARGS
 #   ... --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt            behind a proxy with certificates of its own
 #   ... --secret id=pip,src=pip.conf                                     from a package index of your own
 ARG VARIANT=cuda
+# Compute capabilities llama.cpp is compiled for.
+ARG CUDA_ARCHITECTURES=75-virtual;80-real;86-real;89-real;90-real;100-real;103-real;120-real;120-virtual
 # Any Debian 12 or Ubuntu 24.04 image, best with its digest: NAME@sha256:...
 ARG BASE=base-${VARIANT}
 ARG LLAMA_BASE=llama-base-${VARIANT}
 
 FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04 AS base-cuda
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS llama-base-cuda
+FROM nvcr.io/nvidia/pytorch:25.11-py3 AS base-dgx
+FROM nvcr.io/nvidia/pytorch:25.11-py3 AS llama-base-dgx
 FROM debian:bookworm-slim AS base-cpu
 FROM debian:bookworm-slim AS llama-base-cpu
 
@@ -47,7 +51,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # --- llama.cpp -----------------------------------------------------------------------------------------------------------
 FROM ${LLAMA_BASE} AS llama
 ARG VARIANT
-ARG CUDA_ARCHITECTURES=75-virtual;80-real;86-real;89-real;90-real;100-real;103-real;120-real;120-virtual
+ARG CUDA_ARCHITECTURES
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt,sharing=locked \
@@ -89,6 +93,7 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
 
 ENV PATH=/usr/local/bin:/opt/venv/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     DROPFORGE_VARIANT=${VARIANT} \
     DROPFORGE_LLAMA_CPP=/opt/llama.cpp \
     SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \

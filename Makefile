@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -P -m pytest
+LOCK_IMAGE := $(BIN)/uv pip compile -q pyproject.toml --extra train --only-binary :all: --generate-hashes --no-annotate \
+  --no-header --no-emit-index-url --constraint docker/pins.txt
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help setup llama demo test test-slow test-gpu bench lint format docs lock clean \
@@ -62,10 +64,14 @@ format: $(READY) ## format the code
 docs: $(READY) ## regenerate the generated pages: spec, schema, commands, states, errors
 	@$(BIN)/python -P docs/generate.py
 
-lock: $(READY) ## resolve the CPU lock again
+lock: $(READY) ## resolve every lock again
 	@$(BIN)/uv pip compile -q pyproject.toml docker/cpu.in --extra train --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-annotate --no-header --no-emit-index-url --constraint docker/pins.txt \
 	  --override docker/cpu.overrides -o docker/cpu.lock
+	@$(LOCK_IMAGE) docker/image-cpu.in --universal --python-version 3.11 --override docker/cpu.overrides \
+	  --constraint docker/cpu.lock -o docker/image-cpu.lock
+	@$(LOCK_IMAGE) docker/image-gpu.in --python-version 3.12 --python-platform x86_64-manylinux_2_39 -o docker/image-cuda.lock
+	@$(LOCK_IMAGE) docker/image-gpu.in --python-version 3.12 --python-platform aarch64-manylinux_2_39 -o docker/image-dgx.lock
 
 # VARIANT=cpu or cuda (default: cuda on a machine with an NVIDIA driver), BASE=IMAGE, CA=BUNDLE: docker/build.sh
 image: ## build the container image (docker/build.sh: VARIANT, BASE, CA)

@@ -47,8 +47,7 @@ if [[ $(id -u) == 0 ]]; then
 	find "$data" -maxdepth 2 -xdev -uid 0 -type d -exec chown "$uid:$gid" {} + 2>/dev/null || true
 	rm -f /etc/sudoers.d/dropforge 2>/dev/null || true
 	if [[ -n ${USER_PASSWORD:-} ]]; then
-		printf 'dropforge:%s\n' "${USER_PASSWORD%%$'\n'*}" | chpasswd &&
-			echo 'dropforge ALL=(ALL:ALL) ALL' >/etc/sudoers.d/dropforge ||
+		{ chpasswd <<<"dropforge:$USER_PASSWORD" && echo 'dropforge ALL=(ALL:ALL) ALL' >/etc/sudoers.d/dropforge; } ||
 			fail "USER_PASSWORD: sudo could not be set up (is the root file system read-only?)"
 	fi
 	/opt/dropforge/hooks.sh /etc/dropforge/before-start.d

@@ -11,8 +11,10 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends build-essential ca-certificates python3 python3-pip
-set -- --into /build/llama.cpp --jobs "$(nproc)"
-if [ "$variant" = cuda ]; then
+# Named after what decides the build, because the cache mount outlives releases.
+built=/build/$(echo "$architectures" | cat /src/appliance/dropforge/llama_cpp/release.py - | sha256sum | cut -c1-12)
+set -- --into "$built" --jobs "$(nproc)"
+if [ "$variant" != cpu ]; then
 	# Without the virtual-memory pool the tools do not link the driver, so they also run where there is none (on the CPU).
 	set -- "$@" --cmake-flag=-DGGML_CUDA=ON --cmake-flag=-DGGML_CUDA_NO_VMM=ON \
 		"--cmake-flag=-DCMAKE_CUDA_ARCHITECTURES=$architectures"
@@ -24,7 +26,7 @@ if [ -s /run/secrets/pip ]; then
 	export PIP_CONFIG_FILE=/run/secrets/pip
 fi
 PYTHONPATH=/src/appliance PYTHONDONTWRITEBYTECODE=1 python3 -m dropforge.llama_cpp.build "$@"
-cp -r /build/llama.cpp /opt/llama.cpp
-if [ "$variant" = cuda ]; then
+cp -r "$built" /opt/llama.cpp
+if [ "$variant" != cpu ]; then
 	echo "$architectures" >/opt/llama.cpp/CUDA_ARCHITECTURES
 fi

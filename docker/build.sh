@@ -3,7 +3,7 @@
 #
 #   docker/build.sh [TAG] [further arguments for docker build]
 #
-# VARIANT   cpu or cuda; default: cuda on a machine with an NVIDIA driver
+# VARIANT   cpu, cuda or dgx; default: cuda (on arm64: dgx) on a machine with an NVIDIA driver, else cpu
 # BASE      image to build on; default: the Dockerfile's, or a Debian 12 made with debootstrap where no registry answers
 # CA        bundle that pip trusts during the build; default: this machine's
 # TORCH     torch of the CPU variant; TORCH_PIP_ARGS: arguments for pip to find its CPU build
@@ -11,7 +11,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tag=${1:-dropforge}
 shift || true
-variant=${VARIANT:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
+if [[ -z ${VARIANT:-} ]]; then
+	VARIANT=cpu
+	if command -v nvidia-smi >/dev/null; then
+		[[ $(uname -m) == aarch64 ]] && VARIANT=dgx || VARIANT=cuda
+	fi
+fi
+variant=$VARIANT
 docker=$(docker/engine.sh client)
 python=${PYTHON:-python3}
 arguments=(--build-arg "VARIANT=$variant" --build-arg "REVISION=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)")
@@ -28,6 +34,7 @@ if [[ -z $base && $variant == cpu ]]; then
 		base=$(docker/base.sh)
 	fi
 fi
+[[ $variant != dgx ]] || arguments+=(--file Dockerfile.dgx)
 [[ -z $base ]] || arguments+=(--build-arg "BASE=$base")
 [[ -z $base || $variant != cpu ]] || arguments+=(--build-arg "LLAMA_BASE=$base")
 

@@ -12,7 +12,6 @@ fi
 # --no-deps: its own needs are in the lock.
 # shellcheck disable=SC2086  # a list of words
 sh /tmp/pip.sh install --quiet --no-deps $arguments "$torch"
-# torch's C++ headers, test helpers and static libraries are for building extensions, which nothing in this variant does.
 site=$(/opt/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if find "$site/torch/lib" -name 'libtorch_cuda*' | grep -q .; then
 	echo "this is a CUDA build of torch; the CPU variant wants a +cpu wheel" >&2

@@ -1,7 +1,7 @@
 """What is in the image, written while it is built: manifest.json for people and programs, sbom.spdx.json for scanners.
 
-    manifest.py image --variant cpu --revision 0123abc --into FOLDER      (inside the build)
-    manifest.py layers IMAGE --docker /usr/bin/docker                     (after it: size of each layer)
+manifest.py image --variant cpu --revision 0123abc --into FOLDER      (inside the build)
+manifest.py layers IMAGE --docker /usr/bin/docker                     (after it: size of each layer)
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def sbom(manifest: dict[str, Any]) -> dict[str, Any]:
         package(name, version, f"pkg:deb/{system}/{name.split(':')[0]}@{version}")
         for name, version in manifest["system_packages"].items()
     ]
-    packages.append(package("llama.cpp", manifest["llama.cpp"], f"pkg:github/ggml-org/llama.cpp@{manifest['llama.cpp']}"))
+    commit = manifest["llama.cpp"]
+    packages.append(package("llama.cpp", commit, f"pkg:github/ggml-org/llama.cpp@{commit}"))
     name = f"dropforge-{manifest['dropforge']}-{manifest['variant']}"
     return {
         "spdxVersion": "SPDX-2.3", "dataLicense": "CC0-1.0", "SPDXID": "SPDXRef-DOCUMENT", "name": name,

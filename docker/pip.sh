@@ -8,6 +8,7 @@ fi
 if [ -s /run/secrets/pip ]; then
 	export PIP_CONFIG_FILE=/run/secrets/pip
 fi
+unset PIP_CONSTRAINT # NVIDIA's PyTorch images set one; the locks are exact anyway
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 if [ -d /local/wheels ]; then
 	export PIP_FIND_LINKS=/local/wheels

@@ -3,7 +3,7 @@
 set -eu
 variant=$1
 packages="ca-certificates curl git less libgomp1 libnss-extrausers nano openssh-server procps python3 python3-venv sudo tini"
-if [ "$variant" = cuda ]; then
+if [ "$variant" != cpu ]; then
 	packages="$packages gcc libc6-dev python3-dev" # Triton compiles its launchers with them at run time
 fi
 export DEBIAN_FRONTEND=noninteractive

@@ -18,6 +18,8 @@ GGUF_ALIASES = {
     "q3_k": "q3_k_m",
     "q3_k_xs": "iq3_xs",
 }
+DETAILS = {"gguf": GGUF_TYPES, "fp8": ("", "block")}
+"""What may follow the colon of an entry; nothing for kinds not listed."""
 EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
 
 
@@ -43,6 +45,9 @@ def check_export(entry: str) -> str:
         raise ValueError(f"unknown export {entry!r}; known: {', '.join(EXPORT_KINDS)}")
     if kind == "gguf" and detail not in GGUF_TYPES:
         raise ValueError(f"unknown GGUF type {detail!r}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
-    if kind != "gguf" and detail:
+    if kind in DETAILS and detail not in DETAILS[kind]:
+        known = ", ".join(f"{kind}:{word}" if word else kind for word in DETAILS[kind])
+        raise ValueError(f"unknown kind of {kind}: {detail!r}; write one of {known}")
+    if kind not in DETAILS and detail:
         raise ValueError(f"{kind} takes no detail, so write just {kind!r}")
     return entry

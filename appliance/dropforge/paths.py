@@ -107,6 +107,14 @@ class ResultFolder:
         return self.path / "fp8"
 
     @property
+    def fp8_block(self) -> Path:
+        return self.path / "fp8-block"
+
+    @property
+    def merged_4bit(self) -> Path:
+        return self.path / "merged_4bit"
+
+    @property
     def modelfile(self) -> Path:
         return self.path / "Modelfile"
 

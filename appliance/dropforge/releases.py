@@ -13,8 +13,8 @@ METHODS = {
 }  # fmt: skip
 QUANTIZATIONS = {"none": "0.1", "nf4": "0.1", "int8": "0.2", "fp8": "0.2", "mxfp4": "0.3"}
 EXPORTS = {
-    "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1",
-    "merged_4bit": "0.2", "fp8": "0.2", "lora_gguf": "0.2", "torchao": "0.3", "executorch": "0.3",
+    "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1", "fp8": "0.1", "merged_4bit": "0.1",
+    "lora_gguf": "0.2", "torchao": "0.3", "executorch": "0.3",
 }  # fmt: skip
 # These lose too much without an importance matrix; llama.cpp refuses them.
 GGUF_NEEDS_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"})

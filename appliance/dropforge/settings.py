@@ -26,6 +26,10 @@ class Settings:
     """DROPFORGE_SETTLE_SECONDS: how long a dropped file must stay unchanged before it is taken."""
     grace_seconds: float
     """DROPFORGE_GRACE_SECONDS: how long a job may take to save its checkpoint when it is stopped."""
+    stall_seconds: float
+    """DROPFORGE_STALL_SECONDS: training without a step for so long, and for 20 times the job's slowest, is stopped; 0: never."""
+    memory_floor_mib: float
+    """DROPFORGE_MEMORY_FLOOR_MIB: the largest job is stopped when less memory than this is left; 0: never."""
 
 
 def _read() -> Settings:
@@ -42,10 +46,12 @@ def _read() -> Settings:
         poll_seconds=_number("DROPFORGE_POLL_SECONDS", 1.0),
         settle_seconds=_number("DROPFORGE_SETTLE_SECONDS", 5.0),
         grace_seconds=_number("DROPFORGE_GRACE_SECONDS", 120.0),
+        stall_seconds=_number("DROPFORGE_STALL_SECONDS", 1800.0),
+        memory_floor_mib=_number("DROPFORGE_MEMORY_FLOOR_MIB", 512.0, unit="MiB"),
     )
 
 
-def _number(name: str, default: float) -> float:
+def _number(name: str, default: float, *, unit: str = "seconds") -> float:
     from dropforge.errors import EnvironmentFault
 
     text = os.environ.get(name)
@@ -57,7 +63,7 @@ def _number(name: str, default: float) -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise EnvironmentFault(
-            f"{name} must be a number of seconds, not {text!r}",
+            f"{name} must be a number of {unit}, not {text!r}",
             code="setting-invalid",
             where=f"environment variable {name}",
             fix=f"unset it, or set it to a number such as {default:g}",

@@ -1,4 +1,4 @@
-"""Is everything alive? Exit status 0, or 1 with one line per fault. Docker runs it every 30 s; ready.py uses its checks.
+"""Is everything alive? Exit status 0, or 1 with one line per fault. Docker runs it every 30 s; ready.py uses it too.
 
 Looked at: supervisord's own view of each service, an answer from Jupyter, sshd's greeting, the age of the daemon's
 heartbeat, and whether the GPUs that were there at the start still answer.
@@ -111,7 +111,8 @@ def gpus(expected: int) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"nvidia-smi does not answer: {error}"]
     seen = done.stdout.count("GPU ")
-    return [] if done.returncode == 0 and seen >= expected else [f"{seen} of {expected} GPUs answer; restart the container"]
+    lost = done.returncode != 0 or seen < expected
+    return [f"{seen} of {expected} GPUs answer; restart the container"] if lost else []
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Jupyter's password login, made slow to guess.
 
-Five wrong passwords from one address within ten minutes close the login for that address: 30 s, then twice as long after
-each further one, up to 15 minutes. Sixty wrong ones within a minute from everywhere close it for everybody who is not
-logged in, for the rest of that minute, because each guess costs the server about 0.1 s. Sessions that exist go on.
+Five wrong passwords from one address within ten minutes close the login for that address: 30 s, then twice as long
+after each further one, up to 15 minutes. Sixty wrong ones within a minute from everywhere close it for everybody who is
+not logged in, for the rest of that minute, because each guess costs the server about 0.1 s. Sessions that exist go on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Before the services start: read the variables, refuse bad ones, write what the services read. Runs as their user.
 
 Everything goes to /run/dropforge (gone with the container) except what must outlive it, which goes to the data root:
-SSH host keys, a generated Jupyter password, sample notebooks. Secrets end up in files of mode 0600, never in an argument.
+SSH host keys, a generated Jupyter password, sample notebooks. Secrets end up in files of mode 0600.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from typing import Any
 
 HERE = Path(__file__).parent
 RUN = Path("/run/dropforge")
@@ -26,11 +27,11 @@ SHELL_VARIABLES = (
     "NVIDIA_VISIBLE_DEVICES", "PATH", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR", "TZ", "USER",
 )  # fmt: skip
-"""All that SSH sessions and `dropforge-shell` get to see of the container's environment: names, and none of a secret."""
+"""All that SSH sessions and `dropforge-shell` get to see of the container's environment. No secret may be here."""
 GRACE_MARGIN_SECONDS = 10
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A variable that cannot be used. The message says which, why, and what to do; never its value if it is secret."""
 
 
@@ -41,7 +42,7 @@ def main() -> int:
     try:
         stop_seconds = seconds_to_stop()
         data = Path(env["DROPFORGE_DATA"])
-        facts = {
+        facts: dict[str, Any] = {
             "data": str(data),
             "persistent": on_mount(data),
             "jupyter_port": port(env, "JUPYTER_PORT", 8888),
@@ -52,13 +53,14 @@ def main() -> int:
         if facts["ssh_port"]:
             ssh(env, data, port=facts["ssh_port"])
         keep_secrets(env)
-    except (Refused, DropforgeError) as refusal:
+    except (RefusedError, DropforgeError) as refusal:
         print(f"dropforge: ERROR: {refusal}", file=sys.stderr)
         return 64
     render("supervisord.conf", RUN / "supervisord.conf", ssh=str(bool(facts["ssh_port"])).lower(),
            stop_seconds=str(stop_seconds))  # fmt: skip
     (RUN / "env.sh").write_text(
-        "".join(f"export {name}={shlex.quote(env[name])}\n" for name in SHELL_VARIABLES if name in env), encoding="utf-8"
+        "".join(f"export {name}={shlex.quote(env[name])}\n" for name in SHELL_VARIABLES if name in env),
+        encoding="utf-8",
     )
     (RUN / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     sample_notebooks(data)
@@ -68,10 +70,10 @@ def main() -> int:
 def port(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name) or str(default)
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise Refused(f"{name}={text!r} is not a port; give a number from 1 to 65535")
+        raise RefusedError(f"{name}={text!r} is not a port; give a number from 1 to 65535")
     lowest = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
     if int(text) < lowest:
-        raise Refused(
+        raise RefusedError(
             f"{name}: this engine lets only root listen below port {lowest}, and services never run as root; "
             f"start with -e {name}={int(text) + 8000}, or with --sysctl net.ipv4.ip_unprivileged_port_start=0"
         )
@@ -84,12 +86,12 @@ def on_mount(folder: Path) -> bool:
 
 
 def gpus(env: Mapping[str, str], data: Path) -> int:
-    """How many GPUs there are. Raises Refused when there must be one and is none."""
+    """How many GPUs there are. Raises RefusedError when there must be one and is none."""
     from dropforge.hardware import probe
 
     hardware = probe(data)
     if not hardware.gpus and env.get("DROPFORGE_DEVICE", "auto") != "cpu":
-        raise Refused(
+        raise RefusedError(
             f"there is no usable GPU: {hardware.gpu_note}. Start with `docker run --gpus all` (which needs the NVIDIA "
             "driver and the NVIDIA Container Toolkit on the host), or ask for the CPU with -e DROPFORGE_DEVICE=cpu"
         )
@@ -98,7 +100,7 @@ def gpus(env: Mapping[str, str], data: Path) -> int:
 
 def secret(name: str, text: str) -> str:
     if any(ord(character) < 32 and character != "\t" for character in text):
-        raise Refused(f"{name} holds a line break or another control character, which no login form can send")
+        raise RefusedError(f"{name} holds a line break or another control character, which no login form can send")
     return text
 
 
@@ -130,10 +132,10 @@ def ssh(env: Mapping[str, str], data: Path, *, port: int) -> None:
     for number, key in enumerate(keys, start=1):
         check_key(key, number)
     if os.getuid() < 500:
-        raise Refused(f"SSH needs a user id of 500 or more, and this is {os.getuid()}; set PUID, or leave SSH_KEY unset")
+        raise RefusedError(f"SSH needs a user id of 500 or more, not {os.getuid()}; set PUID, or leave SSH_KEY unset")
     forwarding = env.get("SSH_FORWARDING", "no")
     if forwarding not in ("yes", "no", "local", "remote"):
-        raise Refused(f"SSH_FORWARDING={forwarding!r}: choose yes, local, remote or no")
+        raise RefusedError(f"SSH_FORWARDING={forwarding!r}: choose yes, local, remote or no")
     folder = RUN / "ssh"
     folder.mkdir(mode=0o700)
     write_private(folder / "authorized_keys", "\n".join(keys) + "\n")
@@ -147,21 +149,23 @@ def ssh(env: Mapping[str, str], data: Path, *, port: int) -> None:
 
 
 def check_key(key: str, number: int) -> None:
-    """Raises Refused for anything sshd would silently ignore. The key itself is not shown: it may be a private one."""
+    """Raises RefusedError for anything sshd would silently ignore. It is not shown: it may be a private one."""
     if "PRIVATE KEY" in key:
-        raise Refused("SSH_KEY holds a private key; keep that to yourself and give the public one, from the .pub file")
+        raise RefusedError(
+            "SSH_KEY holds a private key; keep that to yourself and give the public one, from the .pub file"
+        )
     done = subprocess.run(
         ["ssh-keygen", "-l", "-f", "-"], input=key + "\n", capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise Refused(
+        raise RefusedError(
             f"SSH_KEY: line {number} is not a public key; each line must look like `ssh-ed25519 AAAA... name`, "
             "as in the file ~/.ssh/id_ed25519.pub"
         )
 
 
 def host_key(data: Path) -> Path:
-    """The host key of this data root, made once. Raises Refused when it is broken: a new one would look like an attack."""
+    """The host key of this data root, made once. Raises RefusedError when broken: a new one looks like an attack."""
     path = data / "state" / "ssh" / "ssh_host_ed25519_key"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -173,10 +177,10 @@ def host_key(data: Path) -> Path:
         fresh.rename(path)
     probe = RUN / "host_key_check"
     write_private(probe, path.read_text(encoding="ascii", errors="replace"))
-    good = subprocess.run(["ssh-keygen", "-y", "-P", "", "-f", str(probe)], capture_output=True, check=False).returncode == 0
+    done = subprocess.run(["ssh-keygen", "-y", "-P", "", "-f", str(probe)], capture_output=True, check=False)
     probe.unlink()
-    if not good:
-        raise Refused(f"the SSH host key {path} is broken; restore it, or delete it to get a new one")
+    if done.returncode != 0:
+        raise RefusedError(f"the SSH host key {path} is broken; restore it, or delete it to get a new one")
     return path
 
 

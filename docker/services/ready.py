@@ -1,4 +1,4 @@
-"""One block in the log once the services answer: where to go, how to log in, what is kept. Then the after-start hooks."""
+"""One block in the log once the services answer: where to go, how to log in, what is kept. Then the last hooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from healthcheck import problems, read_facts
@@ -45,7 +44,7 @@ def block(facts: dict[str, Any], faults: list[str], found: list[dict[str, str]])
     if faults:
         lines[1] = "=== Dropforge started, but NOT everything answers " + "=" * 30
         lines += [f"  FAULT      {fault}" for fault in faults]
-    lines.append(f"  JupyterLab http://localhost:{facts['jupyter_port']}/   (if published under another port: that one)")
+    lines.append(f"  JupyterLab http://localhost:{facts['jupyter_port']}/   (published under another port? that one)")
     if "password" in login:
         lines.append(f"  password   {login['password']}   generated, shown this once; kept in {login['source']}")
     else:
@@ -54,9 +53,10 @@ def block(facts: dict[str, Any], faults: list[str], found: list[dict[str, str]])
     lines.append(f"  SSH        ssh -p PORT dropforge@HOST, with your key; port {ssh} here" if ssh else
                  "  SSH        off; give SSH_KEY to turn it on")  # fmt: skip
     lines.append(f"  drop jobs  into {facts['data']}/inbox; results come out in {facts['data']}/results")
-    lines.append(f"  kept       {facts['data']}, all of it" if facts["persistent"] else
-                 f"  NOT KEPT   nothing is mounted at {facts['data']}: it goes when the container is removed")  # fmt: skip
-    lines.append("  not kept   everything else")
+    if facts["persistent"]:
+        lines += [f"  kept       {facts['data']}, all of it", "  not kept   everything else"]
+    else:
+        lines.append(f"  NOT KEPT   nothing is mounted at {facts['data']}: all goes when the container is removed")
     lines.append(f"  user       uid {os.getuid()}, gid {os.getgid()}")
     for finding in found:
         if finding["level"] != "ok" or finding["what"].startswith("GPU"):

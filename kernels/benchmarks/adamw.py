@@ -1,4 +1,5 @@
-"""AdamW over a flat fp32 buffer (``tokens`` holds its values in millions): r=16 adapters of Llama-8B, and 100 million values.
+"""AdamW over a flat fp32 buffer (``tokens`` holds its values in millions): r=16 adapters of Llama-8B, and 100 million
+values.
 
 Peers: torch's fused AdamW on the same flat buffer (the best case for it) and bitsandbytes' 8-bit AdamW, in our process.
 """

@@ -1,5 +1,5 @@
-"""Cross-entropy of bf16 logits: the default path (forward, backward) and loss + gradient with the gradient in place of the logits, which is
-what Liger and Unsloth do.
+"""Cross-entropy of bf16 logits: the default path (forward, backward) and loss + gradient with the gradient in place
+of the logits, which is what Liger and Unsloth do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""GRPO from hidden states: log-probabilities, clipped loss with KL to a reference, gradient to the hidden states. 1,024-token completions."""
+"""GRPO from hidden states: log-probabilities, clipped loss with KL to a reference, gradient to the hidden states.
+1,024-token completions.
+"""
 
 from __future__ import annotations
 

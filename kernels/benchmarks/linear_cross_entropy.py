@@ -1,5 +1,6 @@
-"""Fused linear cross-entropy with a frozen head: loss and gradient to the hidden states. "gemm" is the floor: the two matrix products alone,
-on 8,192 rows at a time. "loss+gradient, 45% ignored" counts the floating-point operations of the counted rows only.
+"""Fused linear cross-entropy with a frozen head: loss and gradient to the hidden states. "gemm" is the floor: the two
+matrix products alone, on 8,192 rows at a time. "loss+gradient, 45% ignored" counts the floating-point operations of
+the counted rows only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Log-probabilities from hidden states with a frozen head, loss and gradient; and the forward alone, as for old and reference passes."""
+"""Log-probabilities from hidden states with a frozen head, loss and gradient; and the forward alone, as for old and
+reference passes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""NF4 double-quantised weights to bf16: the seven matrices of one Llama-8B layer into caller's buffers, and its largest alone.
+"""NF4 double-quantised weights to bf16: the seven matrices of one Llama-8B layer into caller's buffers, and its
+largest alone.
 
-"one launch" is ops.nf4_dequantize_group over the layer; peers have no such form, so their seven calls stand beside it. ``tokens`` holds the number of matrices. Weights are quantised by bitsandbytes in every process; "bitsandbytes" is measured in ours.
-"""
+"one launch" is ops.nf4_dequantize_group over the layer; peers have no such form, so their seven calls stand beside
+it. ``tokens`` holds the number of matrices. Weights are quantised by bitsandbytes in every process; "bitsandbytes" is
+measured in ours."""
 
 from __future__ import annotations
 

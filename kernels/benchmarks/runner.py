@@ -137,6 +137,12 @@ def ceilings() -> tuple[float, float]:
     return copy, product
 
 
+def copy_of(nbytes: int) -> Callable[[], object]:
+    """A device-to-device copy that moves ``nbytes`` in all, read and written: what is possible at a case's own size."""
+    source = torch.randn(max(nbytes // 8, 1), device="cuda", dtype=torch.float32)
+    return partial(torch.empty_like(source).copy_, source)
+
+
 def measure(case: Case, common: dict[str, object]) -> Iterator[dict[str, object]]:
     """One row per provider of the case."""
     status = "ok"
@@ -145,7 +151,10 @@ def measure(case: Case, common: dict[str, object]) -> Iterator[dict[str, object]
             case.check()
         except AssertionError as error:
             status = f"parity failed: {error}"
-    for provider, call in case.providers.items():
+    providers = dict(case.providers)
+    if "ours" in providers and case.bytes is not None:
+        providers["copy"] = copy_of(case.bytes)
+    for provider, call in providers.items():
         row: dict[str, object] = {
             **common,
             "op": case.op,
@@ -197,7 +206,6 @@ def op_files() -> list[str]:
 
 def child(engine: str, ops: list[str], commit: str, limit_s: float) -> None:
     """Measures every case of ``ops`` with one engine; prints one JSON row per line."""
-    sys.path.insert(0, str(HERE))
     deadline = time.monotonic() + limit_s
     copy, product = ceilings()
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES[engine])
@@ -253,66 +261,10 @@ def run(engines: Iterable[str], ops: list[str], commit: str, out: Path, limit_s:
     return path
 
 
-def table(path: Path) -> str:
-    """The CSV as one line per case: the GPU time of each provider in microseconds, and our share of the ceiling.
-
-    Where a process ran twice (A-B-A), the first run is shown.
-    """
-    rows = list(csv.DictReader(path.open()))
-    providers = list(dict.fromkeys(r["provider"] for r in rows))
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for row in rows:
-        key = (row["op"], row["direction"], row["shape"], row["tokens"])
-        cases.setdefault(key, {}).setdefault(row["provider"], row)
-    lines = ["op direction shape tokens | share | " + " ".join(f"{p}(gpu/host us)" for p in providers)]
-    for key, found in cases.items():
-        ours = found.get("ours", {})
-        share = ours.get("share_of_copy") or ours.get("share_of_product") or ours.get("status", "-")
-        cells = [f"{found[p]['gpu_us']}/{found[p]['host_us']}" if p in found else "-" for p in providers]
-        lines.append(" ".join(key) + f" | {share} | " + " ".join(cells))
-    return "\n".join(lines)
-
-
-def plot(path: Path) -> Path:
-    """Draws share of the ceiling over tokens, one panel per operation and direction (Llama-8B shapes), beside the
-    CSV.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [r for r in csv.DictReader(path.open()) if r["status"] == "ok" and r["shape"] == SHAPES[0].name]
-    panels = list(dict.fromkeys((r["op"], r["direction"]) for r in rows))
-    columns = 4
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, figsize=(16, 3 * -(-len(panels) // columns)), squeeze=False
-    )
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for provider in dict.fromkeys(r["provider"] for r in rows):
-            points = {
-                int(r["tokens"]): float(r["share_of_copy"] or r["share_of_product"])
-                for r in rows
-                if (r["op"], r["direction"]) == panel and r["provider"] == provider
-            }
-            if points:
-                axis.plot(sorted(points), [points[t] for t in sorted(points)], marker="o", label=provider)
-        axis.axhline(0.85, color="grey", linewidth=0.8, linestyle="--")
-        axis.set(title=" ".join(panel), xscale="log", ylim=(0, 1.1), xlabel="tokens", ylabel="share of copy or product")
-        axis.legend(fontsize=7)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}, {SHAPES[0].name} shapes")
-    figure.tight_layout()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=90)
-    return target
-
-
 def main() -> None:
-    """Command line: run, child (used by run), table, plot."""
+    """Command line: run, child (used by run), table, markdown, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "child", "table", "plot"))
+    parser.add_argument("command", choices=("run", "child", "table", "markdown", "plot"))
     parser.add_argument("csv", nargs="?", type=Path)
     parser.add_argument("--engines", default="base,liger,unsloth,base")
     parser.add_argument("--ops", default="")
@@ -321,15 +273,20 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=240.0, help="most seconds for one engine's process")
     args = parser.parse_args()
     ops = args.ops.split(",") if args.ops else op_files()
+    sys.path.insert(0, str(HERE))
+    import _report
+
     if args.command == "child":
         child(args.engines, ops, args.commit, args.limit_s)
     elif args.command == "run":
         path = run(args.engines.split(","), ops, args.commit, args.out, args.limit_s)
-        print(table(path))
+        print(_report.table(path))
+    elif args.command == "markdown":
+        print(_report.markdown(args.csv))
     elif args.command == "table":
-        print(table(args.csv))
+        print(_report.table(args.csv))
     else:
-        print(plot(args.csv))
+        print(_report.plot(args.csv))
 
 
 if __name__ == "__main__":

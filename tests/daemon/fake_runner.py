@@ -7,6 +7,9 @@ The job reads its behaviour from the spec's name: `steps-20 delay-50 ...` (lette
     fail-at-N      raises a DropforgeError at step N
     crash-at-N     raises an unexpected error at step N
     segv-at-N      dies of SIGSEGV at step N
+    stuck-at-N     makes no further step after step N, in this attempt; only once with `once`
+    offline        fails for lack of a network; only in the first attempt with `once`
+    lose-gpu       raises what the CUDA driver says about a lost device
     partial        ends partial
     disk           fails for lack of disk
     deaf           ignores SIGTERM
@@ -50,9 +53,14 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
         time.sleep(0.5)
     if "-disk-" in words:
         raise EnvironmentFault("disk too small", code="disk-too-small", reason=Reason.DISK, fix="free space")
+    if "-offline-" in words and (attempt == 1 or "-once-" not in words):
+        raise EnvironmentFault("the hub cannot be reached", code="hub-offline", reason=Reason.OFFLINE)
+    if "-lose-gpu-" in words:
+        raise RuntimeError("CUDA error: GPU is lost. Reboot the system to recover this GPU")
     stop.raise_if_requested()
     log.state(State.TRAINING)
-    train(run, log, stop, number)
+    stuck_at = number("stuck-at", -1) if attempt == 1 or "-once-" not in words else -1
+    train(run, log, stop, number, stuck_at)
     if "-partial-" in words:
         return State.PARTIAL
     log.state(State.EXPORTING)
@@ -60,7 +68,7 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
     return State.SUCCEEDED
 
 
-def train(run: RunFolder, log: RunLog, stop: StopSignal, number) -> None:
+def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int) -> None:
     """`sum` is the model: it depends on every step, so a lost or doubled step shows."""
     store = CheckpointStore(run.checkpoints)
     run.checkpoints.mkdir(exist_ok=True)
@@ -92,6 +100,8 @@ def train(run: RunFolder, log: RunLog, stop: StopSignal, number) -> None:
         if step == number("segv-at", -1):
             log.flush()
             os.kill(os.getpid(), signal.SIGSEGV)
+        while step == stuck_at and not stop.requested:
+            time.sleep(0.01)
         if step % number("save", 2) == 0 or stop.take_checkpoint_request():
             save()
     write_json(run.path / "steps.json", step)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from daemon_harness import ticket
-from dropforge.daemon.scheduler import schedule
+from dropforge.daemon.scheduler import Waiting, schedule
 
 GPUS = ("GPU-a", "GPU-b", "GPU-c")
 
@@ -43,6 +43,17 @@ def test_a_job_that_can_never_fit_says_so_and_steps_aside() -> None:
 
 
 def test_pause_stops_every_start_with_its_reason() -> None:
-    plan = schedule([ticket(1), ticket(2)], gpus=(), busy=(), pause="paused (control/pause)")
+    plan = schedule(
+        [ticket(1), ticket(2)], gpus=(), busy=(), blocked=Waiting(kind="pause", text="paused (control/pause)")
+    )
     assert plan.starts == ()
     assert {w.text for _, w in plan.waiting} == {"paused (control/pause)"}
+
+
+def test_a_job_that_rests_after_a_fault_steps_aside_and_says_for_how_long() -> None:
+    plan = schedule(
+        [ticket(1), ticket(2)], gpus=(), busy=(), resting={ticket(1).id: Waiting(kind="backoff", text="42 s")}
+    )
+    assert [t.seq for t, _ in plan.starts] == [2]
+    assert [(t.seq, w.kind) for t, w in plan.waiting] == [(1, "backoff")]
+    assert "42 s" in plan.waiting[0][1].text

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from dropforge.daemon.attempts import AttemptEnd, Progress
-from dropforge.daemon.verdict import DEATHS_WITHOUT_CHECKPOINT, explain_death, judge
+from dropforge.daemon.verdict import DEATHS_WITHOUT_CHECKPOINT, RETRIED_REASONS, explain_death, judge
 from dropforge.errors import Reason
 from dropforge.states import State
 
@@ -89,3 +89,31 @@ def test_deaths_are_explained(status: int | None, out_of_memory: bool, reason: R
     found, message = explain_death(status, out_of_memory=out_of_memory)
     assert found is reason
     assert words in message
+
+
+def passing(reason: Reason, checkpoint: int = 0, *, died: bool = False) -> AttemptEnd:
+    state = State.INTERRUPTED if reason is Reason.STALLED else State.FAILED
+    return AttemptEnd(state=state, reason=reason, died=died, progress=Progress(step=9, checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize("reason", RETRIED_REASONS)
+def test_what_may_pass_is_tried_twice_more_with_a_growing_delay(reason: Reason) -> None:
+    asked = Reason.STALLED if reason is Reason.STALLED else None
+    verdicts = [judge([passing(reason)] * tries, asked=asked) for tries in (1, 2, 3)]
+    assert [v.state for v in verdicts] == [State.INTERRUPTED, State.INTERRUPTED, State.FAILED]
+    assert [v.delay for v in verdicts] == [60.0, 240.0, 0.0]
+    assert {v.reason for v in verdicts} == {reason}
+
+
+def test_a_newer_checkpoint_gives_new_tries() -> None:
+    ends = [passing(Reason.STALLED, 5), passing(Reason.STALLED, 5), passing(Reason.STALLED, 8)]
+    assert judge(ends, asked=Reason.STALLED).delay == 60.0
+
+
+def test_a_stall_that_had_to_be_killed_is_no_poison_job() -> None:
+    assert judge([passing(Reason.STALLED, died=True)] * 2, asked=Reason.STALLED).state is State.INTERRUPTED
+
+
+@pytest.mark.parametrize("asked", [Reason.USER, Reason.TIMEOUT])
+def test_nothing_is_tried_again_against_a_request(asked: Reason) -> None:
+    assert judge([passing(Reason.STALLED, died=True)], asked=asked).state.ended

@@ -148,3 +148,20 @@ def edit_gguf(path: Path):
     import gguf
 
     return gguf.GGUFReader(path, "r+")
+
+
+def edit_tensors(folder: Path, change, *, shards=None) -> None:
+    """Rewrite a single-file model folder as `change(tensors)`, any dtypes; `shards` splits it by lists of names."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = change({name: value.clone() for name, value in load_file(folder / "model.safetensors").items()})
+    (folder / "model.safetensors").unlink()
+    if shards is None:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

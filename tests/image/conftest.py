@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from image_container import IMAGE, Container, client, docker  # noqa: E402
+from image_container import IMAGE, Container, client, docker
 
 ROOT = Path(__file__).parents[2]
 

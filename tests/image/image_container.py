@@ -101,7 +101,12 @@ class Container:
         return int(self.inspect()["NetworkSettings"]["Ports"][f"{inner}/tcp"][0]["HostPort"])
 
     def exec(self, *command: str, check: bool = True, user: str | None = None, input: str | None = None) -> str:
-        words = ["exec", *(["--interactive"] if input is not None else []), *(["--user", user] if user else []), self.id]
+        words = [
+            "exec",
+            *(["--interactive"] if input is not None else []),
+            *(["--user", user] if user else []),
+            self.id,
+        ]
         return docker(*words, *command, check=check, input=input).stdout
 
     def health(self) -> tuple[int, str]:
@@ -110,7 +115,9 @@ class Container:
         return done.returncode, done.stdout + done.stderr
 
     def pid(self, service: str) -> int:
-        text = self.exec("/opt/venv/bin/supervisorctl", "-c", "/run/dropforge/supervisord.conf", "pid", service, check=False)
+        text = self.exec(
+            "/opt/venv/bin/supervisorctl", "-c", "/run/dropforge/supervisord.conf", "pid", service, check=False
+        )
         return int(text) if text.strip().isdigit() else 0
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -128,7 +135,9 @@ class Container:
         def arrived() -> dict[str, Any]:
             job = self.job(file)
             state = job.get("state", "")
-            assert state in states or state not in ends, f"{job}\n{self.exec('dropforge', 'logs', job['id'], check=False)}"
+            assert state in states or state not in ends, (
+                f"{job}\n{self.exec('dropforge', 'logs', job['id'], check=False)}"
+            )
             return job if state in states else {}
 
         found: dict[str, Any] = until(seconds, f"{file}: {' or '.join(states)}", arrived, every=0.7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,9 +40,7 @@ def host_keys(container: Container) -> str:
     return done.stdout.split("ssh-ed25519")[1].strip()
 
 
-def test_stop_saves_start_resumes_and_everything_is_still_there(
-    start: Callable[..., Container], ssh_key: Path
-) -> None:
+def test_stop_saves_start_resumes_and_everything_is_still_there(start: Callable[..., Container], ssh_key: Path) -> None:
     variables = {"SSH_KEY": ssh_key.with_suffix(".pub").read_text(), "JUPYTER_PASSWORD": "first"}
     container = start(env=variables)
     drop(container, "long.yaml", LONG_JOB)
@@ -98,26 +96,33 @@ def test_a_second_container_on_the_same_folder_ends_and_says_why(start: Callable
     assert first.health() == (0, "healthy\n")
 
 
+@pytest.fixture(scope="module")
+def victim(run_label: str, ssh_key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    work = tmp_path_factory.mktemp("victim") / "work"
+    container = Container.start(run_label, work=work, env={"SSH_KEY": ssh_key.with_suffix(".pub").read_text()})
+    yield container
+    container.remove()
+
+
 @pytest.mark.parametrize("service", ["jupyter", "sshd", "daemon", "exit_on_fatal"])
-def test_a_killed_service_is_seen_and_comes_back(start: Callable[..., Container], ssh_key: Path, service: str) -> None:
-    container = start(env={"SSH_KEY": ssh_key.with_suffix(".pub").read_text()})
-    until(15, "healthy", lambda: container.health()[0] == 0)
-    before = container.pid(service)
-    container.exec("kill", "-9", str(before))
-    status, text = container.health()
+def test_a_killed_service_is_seen_and_comes_back(victim: Container, service: str) -> None:
+    until(30, "healthy", lambda: victim.health()[0] == 0)
+    before = victim.pid(service)
+    victim.exec("kill", "-9", str(before))
+    status, text = victim.health()
     assert status == 1 and (service in text or "heartbeat" in text), text
-    until(40, "healthy again", lambda: container.health()[0] == 0)
-    assert container.pid(service) not in (0, before)
-    assert container.running
+    until(40, "healthy again", lambda: victim.health()[0] == 0)
+    assert victim.pid(service) not in (0, before)
+    assert victim.running
 
 
-def test_a_stopped_daemon_is_seen(start: Callable[..., Container]) -> None:
-    """It hangs: alive for supervisord, but its heart does not beat."""
-    container = start()
-    container.exec("kill", "-STOP", str(container.pid("daemon")))
-    until(60, "unhealthy", lambda: "heartbeat is" in container.health()[1], every=2)
-    container.exec("kill", "-CONT", str(container.pid("daemon")))
-    until(20, "healthy again", lambda: container.health()[0] == 0)
+def test_a_daemon_that_hangs_is_seen(victim: Container) -> None:
+    """Alive for supervisord, but its heart does not beat."""
+    until(30, "healthy", lambda: victim.health()[0] == 0)
+    victim.exec("kill", "-STOP", str(victim.pid("daemon")))
+    until(60, "unhealthy", lambda: "heartbeat is" in victim.health()[1], every=2)
+    victim.exec("kill", "-CONT", str(victim.pid("daemon")))
+    until(20, "healthy again", lambda: victim.health()[0] == 0)
 
 
 def test_a_service_that_cannot_be_kept_up_ends_the_container(start: Callable[..., Container], ssh_key: Path) -> None:

@@ -254,7 +254,9 @@ def test_secrets_are_found_nowhere(running: Container, finished: dict[str, objec
         for path in running.work.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert needle not in path.read_bytes(), f"{name} in {path.relative_to(running.work)}"
-    modes = running.exec("find", "/run/dropforge/secrets", "/run/dropforge/jupyter_password_hash", "-type", "f", "-printf", "%m %u\\n")
+    modes = running.exec(
+        "find", "/run/dropforge/secrets", "/run/dropforge/jupyter_password_hash", "-type", "f", "-printf", "%m %u\\n"
+    )
     assert set(modes.splitlines()) == {f"600 {'dropforge'}"}
 
 

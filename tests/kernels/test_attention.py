@@ -36,6 +36,10 @@ def inputs(dtype, device, *, packed=True, heads=4, groups=2, width=64, lengths=L
     [
         ({}, "cudnn"),
         ({"packed": True}, "flash"),
+        ({"packed": True, "longest": 8192}, "flash"),
+        ({"packed": True, "longest": 8192, "mask": True}, "flex"),
+        ({"packed": True, "longest": 512, "mask": True}, "flash"),
+        ({"packed": True, "longest": 8192, "mask": True, "width": 256}, "flash"),
         ({"window": True}, "flash"),
         ({"packed": True, "sinks": True}, "flash"),
         ({"softcap": True}, "flex"),

@@ -19,8 +19,9 @@ OPTIONS = {
     "items": {"reduction": "sum", "num_items_in_batch": 37},
 }
 
-# In place, the gradient is stored in the logits' dtype before the upstream gradient is known, and rounded once more when that is not 1
-# (here it is random): half a step of the dtype more, which shows undiminished in tensors of a few elements.
+# In place, the gradient is stored in the logits' dtype before the upstream gradient is known, and rounded once more
+# when that is not 1 (here it is random): half a step of the dtype more, which shows undiminished in tensors of a few
+# elements.
 ROUNDED_AGAIN = {torch.bfloat16: 2.0**-8 + 1e-3, torch.float16: 2.0**-11 + 1.25e-4, torch.float32: 1e-6}
 
 
@@ -49,7 +50,8 @@ def test_values_and_gradients_over_the_shape_grid(device, dtype, options, inplac
     if inplace and options.get("reduction") == "none":
         pytest.skip("per-row losses have no in-place gradient")
     for rows, vocabulary in sizes(device):
-        # With one vocabulary entry lse - z is 0 and only the z-loss is left, a thousandth of the rounding's origin: not a fair ratio.
+        # With one vocabulary entry lse - z is 0 and only the z-loss is left, a thousandth of the rounding's origin:
+        # not a fair ratio.
         vocabulary = max(vocabulary, 3) if "z_loss_weight" in options else vocabulary
         given = inputs(rows, vocabulary, dtype, device, inplace_gradient=inplace, **options)
         constant = ROUNDED_AGAIN[dtype] if inplace and device == "cuda" else None

@@ -1,4 +1,6 @@
-"""The GRPO family against its reference: every loss, both levels, clipping, KL, masks, and on top of linear_logprobs."""
+"""The GRPO family against its reference: every loss, both levels, clipping, KL, masks, and on top of
+linear_logprobs.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def sizes(device):
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_values_and_gradients(device, dtype, loss, variant):
-    for shape in sizes(device):
+    shapes = sizes(device)
+    for shape in shapes[:2] if device == "cpu" and dtype is not torch.float32 else shapes:
         given = inputs(shape, dtype, device, **(loss | variant))
         assert_parity(ops.grpo_loss, reference.grpo_loss, given, grad=("logprobs",))
 

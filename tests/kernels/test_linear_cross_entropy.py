@@ -39,6 +39,8 @@ def constant(dtype, device):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("grad", [("hidden",), ("hidden", "weight"), ("weight",)], ids="+".join)
 def test_values_and_gradients(device, dtype, options, grad):
+    if device == "cpu" and dtype is not torch.float32 and grad != ("hidden", "weight"):
+        pytest.skip("the GPU runs the whole grid; the interpreter needs a second for each")
     given = inputs(dtype, device, **options)
     assert_parity(
         ops.linear_cross_entropy,

@@ -31,6 +31,8 @@ def inputs(dtype, device, *, rows=40, width=24, vocabulary=77, **options):
 @pytest.mark.parametrize("grad", [("hidden",), ("hidden", "weight"), ("weight",)], ids="+".join)
 @pytest.mark.parametrize("entropy_gradient", [False, True], ids=["", "entropy gradient"])
 def test_values_and_gradients(device, dtype, options, grad, entropy_gradient):
+    if device == "cpu" and dtype is not torch.float32 and grad != ("hidden", "weight"):
+        pytest.skip("the GPU runs the whole grid; the interpreter needs a second for each")
     if entropy_gradient and not options.get("return_entropy"):
         pytest.skip("no entropy to differentiate")
     given = inputs(dtype, device, entropy_gradient=entropy_gradient, **options)

@@ -126,7 +126,7 @@ def test_cuda_graph_capture():
 def test_more_elements_than_int32_counts():
     shape = (33600, 65536)  # 2.2e9
     given = fields(shape, "cuda") | {"dtype": torch.bfloat16}
-    tail = {k: v for k, v in given.items()} | {"shape": (256, 65536)}
+    tail = given | {"shape": (256, 65536)}
     blocks, values = 256 * 1024, 256 * 65536
     tail |= {"packed": given["packed"][-values // 2 :], "absmax": given["absmax"][-blocks:]}
     tail["nested_absmax"] = given["nested_absmax"][-blocks // 256 :]

@@ -171,7 +171,7 @@ def test_what_comes_later_names_its_release(line, release):
     assert f"release {release}" in found.what
 
 
-@pytest.mark.parametrize(("entry", "code"), [("fp8", "not-in-this-release"), ("gguf:iq1_s", "not-in-this-release"),
+@pytest.mark.parametrize(("entry", "code"), [("torchao", "not-in-this-release"), ("fp8:x", "spec-value"), ("gguf:iq1_s", "not-in-this-release"),
                                              ("gguf", "spec-value"), ("gguf:q9", "spec-value"), ("merged:x", "spec-value"),
                                              ("onnx", "spec-value")])  # fmt: skip
 def test_exports_are_checked(entry, code):

@@ -32,6 +32,8 @@ def daemon_options(root: DataRoot, *, warm: bool = True) -> DaemonOptions:
         poll_seconds=chosen.poll_seconds,
         settle_seconds=chosen.settle_seconds,
         grace_seconds=chosen.grace_seconds,
+        stall_seconds=chosen.stall_seconds,
+        memory_floor=int(chosen.memory_floor_mib * (1 << 20)),
         warm=warm,
         gpus=tuple(gpu.uuid for gpu in probe(root.path).gpus),
     )

@@ -38,11 +38,16 @@ class Candidate:
     @property
     def shown_name(self) -> str:
         """For the checker, which goes by the ending, and for messages."""
-        return printable(Path(self.spec_name).stem) + self.suffix
+        return shown_name(self.spec_name)
 
     @property
     def spec_digest(self) -> str:
         return sha256_bytes(self.raw)
+
+
+def shown_name(spec_name: str) -> str:
+    """The name of a spec file, harmless to print, with its ending whole."""
+    return printable(Path(spec_name).stem) + Path(spec_name).suffix.lower()
 
 
 def read_candidate(path: Path) -> Candidate:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dropforge.daemon import sequence
-from dropforge.daemon.candidate import Candidate, read_candidate
+from dropforge.daemon.candidate import Candidate, read_candidate, read_regular, shown_name
 from dropforge.daemon.crash_points import CrashHook
-from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, printable, slug
+from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, is_spec_file, printable, slug
 from dropforge.daemon.queue import Ticket, TicketBook, put, rename, ticket_path
 from dropforge.daemon.rejection import reject
+from dropforge.daemon.spec_batch import CheckSpec, SpecChecker
 from dropforge.daemon.watcher import Fingerprint, Ready, clear_mark, fingerprint
 from dropforge.errors import DataError, DropforgeError, InputError, Reason, SpecError
 from dropforge.events import RunLog, utc_now
@@ -39,7 +40,6 @@ _UNFINISHED_CODES = frozenset({"spec-syntax", "spec-empty", "spec-encoding", "sp
                                "data-missing", "inbox-empty", "inbox-no-spec"})  # fmt: skip
 """Problems that a file has while it is only half there (or its data is still on the way)."""
 
-CheckSpec = Callable[..., CheckedSpec]
 TICKET_COPY = "ticket.json"
 
 
@@ -61,30 +61,59 @@ class Intake:
     ) -> None:
         self._root = root
         self._book = book
-        self._check = check
+        self._checker = SpecChecker(check)
         self._crash = crash
         self._unfinished: dict[str, tuple[Ready, Unfinished]] = {}
+        self._refused: dict[str, tuple[Ready, InputError]] = {}
 
     @property
     def unfinished(self) -> list[Unfinished]:
         return [item for _, item in self._unfinished.values()]
 
     def forget_all_but(self, names: set[str]) -> None:
-        for name in set(self._unfinished) - names:
-            del self._unfinished[name]
+        for known in (self._unfinished, self._refused):
+            for name in set(known) - names:
+                del known[name]
 
     def take(self, ready: Ready, *, now: float) -> str | None:
-        """Accept or reject one entry. Returns the id of its ticket, None when it was rejected or must wait.
+        """Accept or reject one entry. Returns the id of its ticket, None when it was rejected or must wait."""
+        job_id = self.consider(ready, now=now)
+        if self.is_refused(ready):
+            self.reject(ready)
+        return job_id
+
+    def check_ahead(self, entries: Sequence[Ready]) -> None:
+        """Check the specs of many entries in one child; `consider` then finds the verdicts."""
+        specs = []
+        for entry in entries:
+            try:
+                if is_spec_file(entry.name):
+                    specs.append((read_regular(self._root.inbox / entry.name), shown_name(entry.name)))
+            except (OSError, InputError):
+                continue  # `consider` will meet the same and say so
+        self._checker.ahead(specs)
+
+    def waits(self, ready: Ready, *, now: float) -> bool:
+        """True for an entry that was considered as it is now, and found unfinished or to be rejected."""
+        known = self._unfinished.get(ready.name)
+        unfinished = known is not None and known[0].fingerprint == ready.fingerprint and now < known[1].until
+        return unfinished or self.is_refused(ready)
+
+    def is_refused(self, ready: Ready) -> bool:
+        refused = self._refused.get(ready.name)
+        return refused is not None and refused[0].fingerprint == ready.fingerprint
+
+    def consider(self, ready: Ready, *, now: float) -> str | None:
+        """Accept one entry if it is good. None when it must wait, is gone, or is to be rejected (`is_refused`).
 
         Raises OSError when the disk does not let it: then the file is still in the inbox.
         """
-        known = self._unfinished.get(ready.name)
-        if known is not None and known[0].fingerprint == ready.fingerprint and now < known[1].until:
+        if self.waits(ready, now=now):
             return None
         path = self._root.inbox / ready.name
         try:
             candidate = read_candidate(path)
-            checked = self._check(candidate.raw, filename=candidate.shown_name)
+            checked = self._checker.check(candidate.raw, filename=candidate.shown_name)
             self._refuse_missing_data(checked.spec, candidate)
             self._refuse_duplicate(candidate, checked.spec)
         except FileNotFoundError:
@@ -102,10 +131,16 @@ class Intake:
             self._unfinished[ready.name] = (ready, Unfinished(ready.name, error, until))
             return
         self._unfinished.pop(ready.name, None)
+        self._refused[ready.name] = (ready, error)
+
+    def reject(self, ready: Ready) -> None:
+        """Move a refused entry to rejected/. Raises OSError as `consider` does; FileNotFoundError when it is gone."""
+        _, error = self._refused[ready.name]
         number = sequence.take(self._root)
         digest = sha256_bytes(os.fsencode(ready.name))
         job_id = sequence.job_id(number, slug=slug(ready.name), digest=digest)
         reject(self._root, ready.name, error, job_id=job_id, crash=self._crash)
+        del self._refused[ready.name]
         clear_mark(self._root, ready.name)
 
     def _refuse_missing_data(self, spec: Spec, candidate: Candidate) -> None:

@@ -22,15 +22,18 @@ from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.control import Switch, is_on, set_switch
 from dropforge.daemon.crash_points import CrashHook, ignore
 from dropforge.daemon.faults import Faults
+from dropforge.daemon.guards import Guards
 from dropforge.daemon.hints import Hints
 from dropforge.daemon.intake import CheckSpec, Intake
+from dropforge.daemon.memory_watch import MemoryWatch
 from dropforge.daemon.orders import Orders
 from dropforge.daemon.queue import Ticket, TicketBook
 from dropforge.daemon.reception import Reception
 from dropforge.daemon.recover import recover
-from dropforge.daemon.scheduler import Schedule, schedule
+from dropforge.daemon.scheduler import Schedule, Waiting, schedule
 from dropforge.daemon.signals import on_stop_signals
 from dropforge.daemon.singleton import HEARTBEAT_SECONDS, Singleton, write_heartbeat
+from dropforge.daemon.stalls import StallWatch
 from dropforge.daemon.status_page import write_pages
 from dropforge.daemon.transitions import Transitions, open_log
 from dropforge.daemon.worker import RUNNER_COMMAND, Ended, Worker
@@ -60,6 +63,10 @@ class DaemonOptions:
     """Keep a runner ready that has imported the training libraries."""
     gpus: tuple[str, ...] = ()
     """UUIDs of the GPUs that jobs may use; empty: the CPU."""
+    stall_seconds: float = 1800.0
+    """So long without a step is never a stall; 0: no watch."""
+    memory_floor: int = 0
+    """Bytes of memory that jobs must leave; 0: no watch."""
     only_file: str = ""
     """Take and run only the job dropped under this name; everything else stays where it is (`dropforge run`)."""
 
@@ -95,11 +102,15 @@ class Daemon:
         self._reception = Reception(root, intake, self._faults, self._hints, settle_seconds=options.settle_seconds,
                                     clock=clock,
                                     only_file=options.only_file)  # fmt: skip
+        self._guards = Guards(root, self._worker, stalls=StallWatch(floor=options.stall_seconds),
+                              memory=MemoryWatch(floor=options.memory_floor))  # fmt: skip
         self._schedule = Schedule(starts=(), waiting=())
         self._ended: list[Ended] = []
         self._noted: dict[str, str] = {}
+        self._rest_until: dict[str, float] = {}
+        """Jobs that wait before a further try. Kept in memory: a new daemon tries at once."""
         self._stop = threading.Event()
-        self._kill = False
+        self._kill = self._flood = False
         self._next_look = self._next_page = self._next_beat = float("-inf")
 
     def __enter__(self) -> Daemon:
@@ -135,7 +146,7 @@ class Daemon:
         with on_stop_signals(self.stop, self._stop_at_once):
             while not (self._stop.is_set() or self._drained() or until()):
                 self.tick()
-                if self._hints.wait(BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds):
+                if self._hints.wait(self._patience()):
                     self._next_look = float("-inf")
             self._end_jobs()
 
@@ -154,9 +165,12 @@ class Daemon:
             self._faults.guard("the queue folders", self._orders.refresh, now=now)
             self._faults.guard("control/", lambda: self._orders.obey(now=now), now=now)
             self._faults.guard("inbox/", lambda: self._receive(now), now=now)
-        self._faults.guard("time limits", lambda: self._enforce_time_limits(now), now=now)
+            self._faults.guard("stalls", lambda: self._guards.look_for_stalls(now), now=now)
+        self._faults.guard("memory", lambda: self._guards.look_at_memory(now), now=now)
+        self._faults.guard("time limits", lambda: self._guards.enforce_time_limits(now), now=now)
         self._start_jobs(now)
-        self._faults.guard("the warm runner", self._worker.keep_warm, now=now)
+        if not self._guards.memory.low:
+            self._faults.guard("the warm runner", self._worker.keep_warm, now=now)
         if now >= self._next_page:
             self._next_page = now + PAGE_SECONDS
             self._faults.guard("STATUS.md", lambda: self._write_pages(self._mode()), now=now)
@@ -165,8 +179,15 @@ class Daemon:
             self._faults.guard("state/daemon.json", lambda: self._beat(self._mode()), now=now)
 
     def _receive(self, now: float) -> None:
-        if self._reception.receive(now=now):
-            self._next_look = now  # a flood: go on in the next round
+        self._flood = self._reception.receive(now=now)
+        if self._flood:
+            self._next_look = now  # go on in the next round
+
+    def _patience(self) -> float:
+        """Seconds until the next round."""
+        if self._flood:
+            return 0.0
+        return BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds
 
     def _collect(self, now: float) -> None:
         """Give every ended runner's job its next state; one whose state cannot be written now is tried again."""
@@ -174,28 +195,26 @@ class Daemon:
         self._ended = [
             ended
             for ended in self._ended
-            if not self._faults.guard(f"ending {ended.ticket.id}", partial(self._finish, ended), now=now)
+            if not self._faults.guard(f"ending {ended.ticket.id}", partial(self._finish, ended, now), now=now)
         ]
 
-    def _finish(self, ended: Ended) -> None:
+    def _finish(self, ended: Ended, now: float) -> None:
         verdict = self._transitions.finish(ended.ticket, ended.attempt, ended.end)
+        if verdict.delay:
+            self._rest_until[ended.ticket.id] = now + verdict.delay
         log.info("%s: %s %s", ended.ticket.id, verdict.state, verdict.message, extra={"action": "ended"})
-
-    def _enforce_time_limits(self, now: float) -> None:
-        for job in self._worker.running:
-            limit = job.ticket.time_limit
-            if limit is None or job.kill_at is not None:
-                continue
-            earlier = attempts.ends(self.root.run(job.ticket.id), after=job.ticket.retried_after)
-            if sum(end.seconds for end in earlier) + now - job.started >= limit:
-                self._worker.ask_to_stop(job.ticket.id, Reason.TIMEOUT, now=now)
 
     def _start_jobs(self, now: float) -> None:
         queued = self._book.tickets("queue")
         if self.options.only_file:
             queued = [ticket for ticket in queued if ticket.file == self.options.only_file]
+        self._rest_until = {job_id: until for job_id, until in self._rest_until.items() if now < until}
+        resting = {
+            job_id: Waiting(kind="backoff", text=f"tried again in {until - now:.0f} s after a fault that may pass")
+            for job_id, until in self._rest_until.items()
+        }
         self._schedule = schedule(
-            queued, gpus=self.options.gpus, busy=self._worker.busy_slots, pause=self._pause()
+            queued, gpus=self.options.gpus, busy=self._worker.busy_slots, blocked=self._blocked(), resting=resting
         )
         for ticket, slots in self._schedule.starts:
             what = f"starting {ticket.id}"
@@ -230,10 +249,13 @@ class Daemon:
                 run_log = open_log(self.root.run(ticket.id))
                 run_log.progress(waiting_for=f"{waiting.kind}: {waiting.text}")
 
-    def _pause(self) -> str:
+    def _blocked(self) -> Waiting | None:
+        """Why nothing at all may start now."""
         if is_on(self.root, Switch.DRAIN):
-            return "the daemon drains (control/drain): nothing new is started"
-        return "paused (control/pause)" if is_on(self.root, Switch.PAUSE) else ""
+            return Waiting(kind="pause", text="the daemon drains (control/drain): nothing new is started")
+        if is_on(self.root, Switch.PAUSE):
+            return Waiting(kind="pause", text="paused (control/pause)")
+        return Waiting(kind="memory", text=self._guards.memory.text) if self._guards.memory.low else None
 
     def _mode(self) -> str:
         if is_on(self.root, Switch.DRAIN):

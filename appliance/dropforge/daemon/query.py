@@ -62,7 +62,7 @@ def list_jobs(root: DataRoot, *, ended: int | None = None) -> list[JobView]:
             if ticket is not None:
                 (live if is_live else over).append(_view(root, folder, ticket, waiting))
     if root.rejected.is_dir():
-        over += _rejected(root)
+        over += _rejected(root, newest=ended)
     over.sort(key=lambda job: job.seq)
     kept = over if ended is None else over[len(over) - min(ended, len(over)) :]
     return sorted([*live, *kept], key=lambda job: job.seq)
@@ -138,9 +138,9 @@ def _waiting(root: DataRoot) -> dict[str, str]:
         return {}
 
 
-def _rejected(root: DataRoot) -> list[JobView]:
+def _rejected(root: DataRoot, *, newest: int | None) -> list[JobView]:
     views = []
-    for error in rejections(root):
+    for error in rejections(root, newest=newest):
         problems = error.get("problems") or [{}]
         views.append(JobView(
             id=str(error.get("id", "")), name=str(error.get("file", "")), state=State.REJECTED,

@@ -154,6 +154,8 @@ class TicketBook:
     def __init__(self, root: DataRoot) -> None:
         self._root = root
         self._folders: dict[str, dict[str, Ticket]] = {folder: {} for folder in LIVE_FOLDERS}
+        self._by_digest: dict[str, dict[str, Ticket]] = {}
+        """Live jobs by content, then by id: 10,000 new files must not each search 10,000 tickets."""
 
     def refresh(self) -> list[str]:
         """Read the listings again. Returns ids of queued tickets that vanished: a person deleted or moved them."""
@@ -161,14 +163,14 @@ class TicketBook:
         for folder, known in self._folders.items():
             present = ids_in(self._root, folder)
             for job_id in set(known) - set(present):
-                del known[job_id]
+                self._drop(folder, job_id)
                 if folder == "queue":
                     vanished.append(job_id)
             for job_id in present:
                 if job_id not in known:
                     ticket = read(ticket_path(self._root, folder, job_id))
                     if ticket is not None:
-                        known[job_id] = ticket
+                        self.add(folder, ticket)
         return vanished
 
     def tickets(self, folder: str) -> list[Ticket]:
@@ -182,24 +184,32 @@ class TicketBook:
 
     def with_digest(self, digest: str) -> Ticket | None:
         """A live job with the same content."""
-        if not digest:
-            return None
-        return next((t for known in self._folders.values() for t in known.values() if t.digest == digest), None)
+        return next(iter(self._by_digest.get(digest, {}).values()), None) if digest else None
 
     def add(self, folder: str, ticket: Ticket) -> None:
         self._folders[folder][ticket.id] = ticket
+        self._by_digest.setdefault(ticket.digest, {})[ticket.id] = ticket
+
+    def _drop(self, folder: str, job_id: str) -> Ticket | None:
+        ticket = self._folders[folder].pop(job_id, None)
+        if ticket is not None:
+            same = self._by_digest.get(ticket.digest, {})
+            same.pop(job_id, None)
+            if not same:
+                self._by_digest.pop(ticket.digest, None)
+        return ticket
 
     def move(self, job_id: str, *, source: str, state: State) -> None:
         target = move(self._root, job_id, source=source, state=state)
         if source in self._folders and target != source:
-            ticket = self._folders[source].pop(job_id, None)
+            ticket = self._drop(source, job_id)
             if ticket is not None and target in self._folders:
-                self._folders[target][job_id] = ticket
+                self.add(target, ticket)
 
     def replace(self, ticket: Ticket, *, folder: str, **changes: Any) -> Ticket:
         """Change fields of a ticket where it lies, on disk and, if it is a live one, in memory."""
         fresh = replace(ticket, **changes)
         put(self._root, folder, fresh)
         if folder in self._folders:
-            self._folders[folder][ticket.id] = fresh
+            self.add(folder, fresh)
         return fresh

@@ -18,6 +18,8 @@ from dropforge.paths import DataRoot
 log = logging.getLogger("dropforge.daemon")
 
 FILES_PER_LOOK = 200
+CHECKED_AT_ONCE = 500
+"""Specs given to one child: starting it takes as long as checking some hundreds."""
 SECONDS_PER_LOOK = 2.0
 """One look takes no more files after this time, so that a flood does not hold up running jobs."""
 
@@ -54,19 +56,37 @@ class Reception:
             for entry in self._tracker.update(seen, now=now, complete=complete)
             if not self._faults.stands(entry.name)
         ]
-        began = self._clock()
-        for number, entry in enumerate(ready):
-            if number >= FILES_PER_LOOK or self._clock() - began > SECONDS_PER_LOOK:
+        deadline = self._clock() + SECONDS_PER_LOOK
+        # Good ones first: a rejection costs more disk writes than a check, and nobody waits for it.
+        return self._consider(ready, now=now, deadline=deadline) or self._reject(ready, now=now, deadline=deadline)
+
+    def _consider(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
+        """Accept what is good, and remember what is not. True when some was left for the next look."""
+        fresh = [entry for entry in ready if not self._intake.waits(entry, now=now)]
+        accepted = 0
+        for number, entry in enumerate(fresh):
+            if accepted >= FILES_PER_LOOK or (number and self._clock() > deadline):
                 return True
+            if number % CHECKED_AT_ONCE == 0:
+                self._intake.check_ahead(fresh[number : number + CHECKED_AT_ONCE])
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
+            accepted += not self._intake.waits(entry, now=now)
+        return False
+
+    def _reject(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
+        refused = [entry for entry in ready if self._intake.is_refused(entry)]
+        for number, entry in enumerate(refused):
+            if number >= FILES_PER_LOOK or (number and self._clock() > deadline):
+                return True
+            self._faults.guard(entry.name, partial(self._intake.reject, entry), now=now)
         return False
 
     def _mine(self, name: str) -> bool:
         return name == (self._only_file or name) and not self._faults.stands(name)
 
     def _take(self, entry: Ready, *, now: float) -> None:
-        job_id = self._intake.take(entry, now=now)
+        job_id = self._intake.consider(entry, now=now)
         if job_id is not None:
             log.info("%s: accepted", job_id, extra={"action": "accepted"})
 

@@ -13,7 +13,6 @@ With --warm it first imports the heavy libraries and then reads its job, one lin
 from __future__ import annotations
 
 import argparse
-import errno
 import faulthandler
 import importlib
 import json
@@ -32,6 +31,7 @@ from typing import Protocol
 from dropforge.daemon import attempts, process
 from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.lease import Lease
+from dropforge.daemon.unexpected import end_of_unexpected
 from dropforge.errors import DropforgeError, JobStopped, Reason
 from dropforge.events import RunLog
 from dropforge.paths import DataRoot, RunFolder
@@ -127,7 +127,7 @@ def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> Atte
             end = _end_of(error)
         except Exception as error:  # noqa: BLE001  (the edge of the process: every fault must reach exit.json)
             traceback.print_exc()
-            end = _end_of_unexpected(error)
+            end = end_of_unexpected(error)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -164,15 +164,6 @@ def _end_of_partial(log: RunLog) -> AttemptEnd:
 
 def _sentence(problem: dict[str, str]) -> str:
     return ": ".join(filter(None, (problem["what"], problem["why"])))
-
-
-def _end_of_unexpected(error: Exception) -> AttemptEnd:
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return AttemptEnd(state=State.FAILED, reason=Reason.DISK, message=f"the disk is full: {text}")
-    if isinstance(error, MemoryError):
-        return AttemptEnd(state=State.FAILED, reason=Reason.OOM_HOST, message="the machine's memory is full")
-    return AttemptEnd(state=State.FAILED, reason=Reason.CRASH, message=f"{text}; the log has the traceback")
 
 
 def _listen(run: RunFolder, assignment: Assignment, stop: StopSignal) -> None:

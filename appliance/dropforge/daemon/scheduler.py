@@ -6,8 +6,9 @@ job at the head is never overtaken by a smaller one, so that large jobs do not s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from dropforge.daemon.queue import Ticket
 
@@ -19,7 +20,7 @@ class Waiting:
     """Why a queued job does not run."""
 
     kind: str
-    """pause, gpu, slot or priority."""
+    """pause, memory, disk, backoff, gpu, slot or priority."""
     text: str
 
 
@@ -35,13 +36,20 @@ def in_order(queued: Sequence[Ticket]) -> list[Ticket]:
     return sorted(queued, key=lambda ticket: (-ticket.priority, ticket.seq))
 
 
-def schedule(queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[str], pause: str = "") -> Schedule:
+_NOBODY: Mapping[str, Waiting] = MappingProxyType({})
+
+
+def schedule(
+    queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[str], 
+    blocked: Waiting | None = None, resting: Mapping[str, Waiting] = _NOBODY,
+) -> Schedule:  # fmt: skip
     """Decide.
 
     Args:
         gpus: the machine's GPUs; empty means that jobs run on the CPU.
         busy: slots taken by running jobs.
-        pause: why nothing may start (pause, drain), empty otherwise.
+        blocked: why nothing may start (pause, drain, no memory), None otherwise.
+        resting: why single jobs (by id) may not start yet; they step aside.
     """
     slots = tuple(gpus) or (CPU_SLOT,)
     free = [slot for slot in slots if slot not in busy]
@@ -50,8 +58,10 @@ def schedule(queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[
     head: Ticket | None = None
     for ticket in in_order(queued):
         wanted = len(slots) if ticket.gpus == "all" else int(ticket.gpus)
-        if pause:
-            waiting.append((ticket, Waiting(kind="pause", text=pause)))
+        if blocked is not None:
+            waiting.append((ticket, blocked))
+        elif ticket.id in resting:
+            waiting.append((ticket, resting[ticket.id]))
         elif wanted > len(slots):
             has = f"{len(gpus)} GPU{'s' if len(gpus) != 1 else ''}"
             waiting.append((ticket, Waiting(kind="gpu", text=f"asks for {wanted} GPUs, this machine has {has}")))

@@ -26,14 +26,26 @@ WHAT_TO_DO_ABOUT = {
     Reason.MISSING_INPUT: "A data file or model is not there. Put data into `datasets/` or into a `NAME.job/` folder.",
     Reason.BAD_DATA: "The data cannot be read or learnt from; the message names file and row.",
     Reason.AUTH: "The hub refused access. Put a token into `secrets/HF_TOKEN`, accept the model's licence, `retry`.",
-    Reason.OFFLINE: "The network or the hub could not be reached. Mend it and `retry`, or use a folder in `models/`.",
+    Reason.OFFLINE: (
+        "The network or the hub could not be reached. Two further tries follow by themselves; after that, mend it and "
+        "`retry`, or use a folder in `models/`."
+    ),
     Reason.REMOTE_CODE: "The model brings its own Python code, which runs only with your approval.",
     Reason.DISK: "Free the space that the message names, then `retry`.",
     Reason.OOM_GPU: "The GPU's memory was full: a smaller batch, a shorter `max_seq_length`, or nf4.",
-    Reason.OOM_HOST: "The machine's memory was full and the kernel ended the job. Same remedies, or more memory.",
-    Reason.GPU_LOST: "The GPU vanished from the driver. Look at `nvidia-smi` and the kernel log, then `retry`.",
+    Reason.OOM_HOST: (
+        "The machine's memory was full: the kernel ended the job, or the daemon did before the machine froze "
+        "(`DROPFORGE_MEMORY_FLOOR_MIB`). Same remedies, or more memory; `retry` resumes."
+    ),
+    Reason.GPU_LOST: (
+        "The GPU vanished from the driver. Two further tries follow by themselves; after that, look at `nvidia-smi` and "
+        "the kernel log, then `retry`."
+    ),
     Reason.NAN_LOSS: "The loss became NaN: lower `learning_rate`, look at the rows near that step.",
-    Reason.STALLED: "No step within the time this job usually needs for one. Look at the log, then `retry`.",
+    Reason.STALLED: (
+        "No step within many times what this job usually needs for one (`DROPFORGE_STALL_SECONDS`). Two further tries "
+        "follow by themselves; after that, look at the log, then `retry`."
+    ),
     Reason.TIMEOUT: "`resources.time_limit` is used up. The checkpoint is kept; `retry` gives the same time again.",
     Reason.KILLED: "Somebody or something killed the process. It resumes by itself unless it happens without progress.",
     Reason.CRASH: "A fault inside the job; `attempts/NNN/log.txt` has the traceback. Please report it.",

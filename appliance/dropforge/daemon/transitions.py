@@ -88,7 +88,7 @@ class Transitions:
 
 def _explain(run: RunFolder, verdict: Verdict, end: AttemptEnd) -> None:
     """ERROR.txt beside the spec of a job that did not end well; an older one goes when it did."""
-    if verdict.state is State.SUCCEEDED or not end.problems:
+    if verdict.state in (State.SUCCEEDED, State.INTERRUPTED) or not end.problems:
         run.error_text.unlink(missing_ok=True)
         return
     problems = "\n\n".join(problem_text(problem) for problem in end.problems)

@@ -2,7 +2,7 @@
 
 Retrying blindly hides faults, giving up loses work. So: an attempt that ended by itself keeps its end; a stop on
 request becomes what was requested; a death resumes, unless it repeats without progress (a poison job), which a person
-must see.
+must see. What may well pass by itself (a lost GPU, no network, a stall) is tried again after a growing delay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ SAME_STEP_DEATHS = 2
 """Deaths of the job alone at the same step without a newer checkpoint, after which it is held."""
 DEATHS_WITHOUT_CHECKPOINT = 5
 """Deaths of any kind without a newer checkpoint, after which it is held."""
+RETRIES = 2
+"""Automatic further tries for the reasons below, counted anew after every newer checkpoint."""
+RETRY_DELAY_SECONDS = 60.0
+RETRY_DELAY_GROWTH = 4
+RETRIED_REASONS = {Reason.GPU_LOST: "the GPU was lost", Reason.OFFLINE: "the network could not be reached",
+                   Reason.STALLED: "no step was made for too long"}  # fmt: skip
 HELD_REASONS = frozenset({Reason.DISK, Reason.AUTH, Reason.REMOTE_CODE})
 """Faults that a person mends outside the job, after which the same job goes on."""
 
@@ -28,6 +34,8 @@ class Verdict:
     state: State
     reason: Reason | None
     message: str
+    delay: float = 0.0
+    """Seconds before it may start again."""
 
 
 def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
@@ -38,6 +46,8 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
         asked: why somebody asked the last attempt to stop, None when nobody did.
     """
     last = ends[-1]
+    if last.state in (State.FAILED, State.INTERRUPTED) and last.reason in RETRIED_REASONS and asked in _NOT_A_PERSON:
+        return _try_again(ends)
     if last.state is State.FAILED and last.reason in HELD_REASONS:
         return Verdict(state=State.HELD, reason=last.reason, message=last.message)
     if last.state is not State.INTERRUPTED:
@@ -49,6 +59,10 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
     if asked is Reason.TIMEOUT:
         return Verdict(state=State.FAILED, reason=Reason.TIMEOUT,
                        message="the time limit of the job (resources.time_limit) is used up")  # fmt: skip
+    if asked is Reason.OOM_HOST:
+        return Verdict(state=State.FAILED, reason=Reason.OOM_HOST,
+                       message="the machine was about to run out of memory, so the largest job was stopped; use a smaller "
+                               "batch, a shorter max_seq_length or a quantized model. `retry` resumes it")  # fmt: skip
     if not last.died or asked is Reason.SHUTDOWN:
         return Verdict(state=State.INTERRUPTED, reason=last.reason or Reason.SHUTDOWN,
                        message="stopped with the daemon; resumes by itself")  # fmt: skip
@@ -59,6 +73,23 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
                        message=f"{last.message}; it died repeatedly without progress, so it waits for a person: "
                                "read the log, then `retry` or `cancel` it")  # fmt: skip
     return Verdict(state=State.INTERRUPTED, reason=last.reason, message=f"{last.message}; resumes by itself")
+
+
+_NOT_A_PERSON = (None, Reason.STALLED)
+
+
+def _try_again(ends: Sequence[AttemptEnd]) -> Verdict:
+    """Bounded: a fault that stays is the user's to see, and a hub that refuses must not be stormed."""
+    last = ends[-1]
+    assert last.reason is not None, "checked by the caller"
+    since = [end for end in ends if end.progress.checkpoint >= last.progress.checkpoint]
+    failures = sum(end.reason in RETRIED_REASONS for end in since)
+    message = last.message or RETRIED_REASONS[last.reason]
+    if failures > RETRIES:
+        return Verdict(state=State.FAILED, reason=last.reason, message=f"{message}; given up after {failures} tries")
+    delay = RETRY_DELAY_SECONDS * RETRY_DELAY_GROWTH ** (failures - 1)
+    return Verdict(state=State.INTERRUPTED, reason=last.reason, delay=delay,
+                   message=f"{message}; further try {failures} of {RETRIES} follows in {delay:g} s")  # fmt: skip
 
 
 def _poison(ends: Sequence[AttemptEnd]) -> bool:

@@ -47,6 +47,16 @@ def fingerprint(path: Path) -> Fingerprint | None:
     return Fingerprint(tuple(parts))
 
 
+def _fingerprint_of(entry: os.DirEntry[str]) -> Fingerprint | None:
+    """As `fingerprint`, at a third of the price for plain files: 10,000 of them are looked at every second."""
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return fingerprint(Path(entry.path))
+        return Fingerprint((_part("", entry.stat(follow_symlinks=False)),))
+    except FileNotFoundError:
+        return None
+
+
 def _inside(folder: Path) -> list[tuple[str, int, int, int]]:
     parts: list[tuple[str, int, int, int]] = []
     todo = [""]
@@ -81,11 +91,11 @@ def look(root: DataRoot) -> Look:
     """List the inbox and its staging folder. Raises OSError when the inbox cannot be read."""
     entries: dict[str, Fingerprint] = {}
     with os.scandir(root.inbox) as listing:
-        names = [entry.name for entry in listing if not is_ignored(entry.name)]
-    for name in names:
-        print_ = fingerprint(root.inbox / name)
-        if print_ is not None:
-            entries[name] = print_
+        for entry in listing:
+            if not is_ignored(entry.name):
+                seen = _fingerprint_of(entry)
+                if seen is not None:
+                    entries[entry.name] = seen
     staged = (fingerprint(path) for path in _staged_paths(root))
     return Look(entries=entries, staged=frozenset(print_ for print_ in staged if print_ is not None))
 
@@ -100,6 +110,15 @@ def _staged_paths(root: DataRoot) -> list[Path]:
 def ready_marker(root: DataRoot, name: str) -> Path:
     """Written by `submit` before its rename: the fingerprint of what it wrote completely."""
     return root.staging / f"{name}{READY_SUFFIX}"
+
+
+def marked_names(root: DataRoot) -> frozenset[str]:
+    """Names that have a marker: one listing, instead of one failed opening per file of a flood."""
+    try:
+        with os.scandir(root.staging) as listing:
+            return frozenset(e.name.removesuffix(READY_SUFFIX) for e in listing if e.name.endswith(READY_SUFFIX))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def mark_ready(root: DataRoot, name: str, seen: Fingerprint) -> None:
@@ -153,10 +172,12 @@ class SettleTracker:
         for name in set(self._seen) - set(seen.entries):
             del self._seen[name]
         ready = []
+        marked = marked_names(self._root)
         for name, print_ in seen.entries.items():
             known = self._seen.get(name)
             if known is None or known[0] != print_:
-                whole = name in complete or print_ in self._staged or is_marked_ready(self._root, name, print_)
+                whole = name in complete or print_ in self._staged
+                whole = whole or (name in marked and is_marked_ready(self._root, name, print_))
                 known = self._seen[name] = (print_, now, whole)
             _, since, whole = known
             if whole or (now > since and now - since >= self._settle_seconds):

@@ -14,7 +14,7 @@ from dropforge.daemon import attempts, out_of_memory, process
 from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.crash_points import CrashHook
 from dropforge.daemon.queue import Ticket
-from dropforge.daemon.verdict import explain_death
+from dropforge.daemon.verdict import RETRIED_REASONS, explain_death
 from dropforge.errors import Reason
 from dropforge.paths import DataRoot
 from dropforge.states import State
@@ -35,6 +35,8 @@ class Running:
     oom_kills_before: int | None
     kill_at: float | None = None
     """When patience ends, after a request to stop."""
+    asked: Reason | None = None
+    """Why it was asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +111,16 @@ class Worker:
         job = self._running[job_id]
         if job.kill_at is None:
             job.kill_at = now + self._grace_seconds
+            job.asked = reason
             attempts.write_stop(self._root.run(job_id), job.attempt, reason)
             process.kill(job.child.pid, signal.SIGTERM)
 
     def ask_for_checkpoint(self, job_id: str) -> None:
         process.kill(self._running[job_id].child.pid, signal.SIGUSR1)
+
+    def kill_now(self, job_id: str) -> None:
+        """End one job without waiting for its grace period; `poll` reports it."""
+        process.kill_family(self._running[job_id].child.pid)
 
     def kill_all(self) -> None:
         """End everything at once, without grace."""
@@ -173,6 +180,8 @@ class Worker:
             after = self._oom_kills()
             starved = after is not None and job.oom_kills_before is not None and after > job.oom_kills_before
             reason, message = explain_death(exit_status, out_of_memory=starved)
+            if attempts.read_stop(run, job.attempt) is Reason.STALLED:  # it did not even react to the request to stop
+                reason, message = Reason.STALLED, RETRIED_REASONS[Reason.STALLED]
             end = AttemptEnd(
                 state=State.INTERRUPTED, reason=reason, message=message, died=True,
                 seconds=round(now - job.started, 3), progress=attempts.progress(run),

@@ -95,8 +95,10 @@ def export_one(stage: Stage, kind: str) -> ExportReport:
 
 def _make(stage: Stage, kind: str, folder: Path) -> Made:
     from dropforge.export.export_adapter import export_adapter
+    from dropforge.export.export_fp8 import export_fp8
     from dropforge.export.export_gguf import export_gguf
     from dropforge.export.export_merged import export_merged
+    from dropforge.export.export_merged_4bit import export_merged_4bit
     from dropforge.export.export_ollama import export_ollama
 
     name, _, detail = kind.partition(":")
@@ -104,6 +106,10 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
         return export_adapter(stage, folder)
     if name == "merged":
         return export_merged(stage, folder)
+    if name == "merged_4bit":
+        return export_merged_4bit(stage, folder)
+    if name == "fp8":
+        return export_fp8(stage, folder, detail)
     if name == "gguf":
         return export_gguf(stage, folder, detail)
     if name == "ollama":
@@ -113,7 +119,10 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
 
 def _target(request: ExportRequest, kind: str, made: Path) -> Path:
     result = request.result
-    places = {"adapter": result.adapter, "merged": result.merged, "ollama": result.modelfile}
+    places = {
+        "adapter": result.adapter, "merged": result.merged, "fp8": result.fp8, "fp8:block": result.fp8_block,
+        "merged_4bit": result.merged_4bit, "ollama": result.modelfile,
+    }  # fmt: skip
     return places.get(kind) or result.gguf / made.name
 
 

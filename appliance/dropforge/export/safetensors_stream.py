@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEADER_ROOM = 256
+"""Bytes kept free in a header for each tensor beside its name; an entry needs about 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,47 @@ def write_file(
             value = tensor(name)
             assert tuple(value.shape) == shapes[name], f"{name} has another shape than announced"
             stream.write(value.to(dtype).contiguous().view(torch.uint8).numpy().data)
+
+
+def write_stream(path: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, names: Iterable[str]) -> None:
+    """Write one file of tensors of any dtype in the order they come; their shapes need not be known beforehand.
+
+    `names` holds at least the names that will come: it decides how much room is left for the header, which is written
+    last and padded with spaces, as the format allows. Tensors whose size is no multiple of 8 bytes come at the end,
+    wide elements first, so that every tensor begins where its element type may begin.
+    """
+    import torch
+
+    labels = {
+        torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+        torch.uint8: "U8",
+    }  # fmt: skip
+    room = 64 + sum(len(name.encode()) + HEADER_ROOM for name in names)
+    room += -room % 8
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    late: list[tuple[str, torch.Tensor]] = []
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", room) + b" " * room)
+
+        def put(name: str, value: torch.Tensor) -> None:
+            start = stream.tell() - room - 8
+            stream.write(value.contiguous().view(torch.uint8).numpy().data)
+            header[name] = {
+                "dtype": labels[value.dtype], "shape": list(value.shape),
+                "data_offsets": [start, stream.tell() - room - 8],
+            }  # fmt: skip
+
+        for name, value in tensors:
+            if value.nbytes % 8:
+                late.append((name, value))
+            else:
+                put(name, value)
+        for name, value in sorted(late, key=lambda item: -item[1].element_size()):
+            put(name, value)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= room, "the header is longer than announced"
+        stream.seek(8)
+        stream.write(text)
 
 
 def iterate(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from dropforge.errors import DropforgeError, EnvironmentFault
@@ -39,18 +40,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sdist", type=Path, help="source archive at hand, instead of fetching it")
     parser.add_argument("--jobs", type=int, help="compilers at the same time; default: what cores and memory allow")
     parser.add_argument("--into", type=Path, help="folder to build into; default: the cache")
+    parser.add_argument("--cmake-flag", action="append", default=[], metavar="FLAG", help="one more; needs --into")
     options = parser.parse_args(arguments)
+    if options.cmake_flag and not options.into:
+        parser.error("--cmake-flag needs --into: the cache holds the standard build only")
+    log = partial(print, flush=True)
     target = options.into.absolute() if options.into else cache_folder(settings().cache)
     try:
-        build(target, sdist=options.sdist, jobs=options.jobs or _jobs(), log=lambda line: print(line, flush=True))
+        build(target, sdist=options.sdist, jobs=options.jobs or _jobs(), flags=options.cmake_flag, log=log)
     except DropforgeError as error:
         print(error, file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def build(target: Path, *, sdist: Path | None = None, jobs: int, log: Log) -> LlamaCpp:
-    """Make `target` hold bin/ and convert/, unless it does. Raises EnvironmentFault with the failing step."""
+def build(target: Path, *, sdist: Path | None = None, jobs: int, flags: Sequence[str] = (), log: Log) -> LlamaCpp:
+    """Make `target` hold bin/ and convert/, unless it does. Raises EnvironmentFault with the failing step.
+
+    `flags` are given to CMake after the standard ones (the CUDA image adds its own).
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -62,7 +70,7 @@ def build(target: Path, *, sdist: Path | None = None, jobs: int, log: Log) -> Ll
         scratch = target.with_name(f".{target.name}.building")
         scratch.mkdir(exist_ok=True)
         source = unpacked_source(scratch, sdist=sdist, log=log)
-        _compile(source, scratch / "build", tools=tools, jobs=jobs, log=log)
+        _compile(source, scratch / "build", tools=tools, jobs=jobs, flags=flags, log=log)
         _install(source, scratch / "build" / "bin", target, scratch=scratch / "install")
         shutil.rmtree(scratch)
         log(f"llama.cpp {COMMIT[:9]} built in {time.monotonic() - start:.0f} s: {target}")
@@ -83,11 +91,11 @@ def _jobs() -> int:
     return int(max(1, min(len(os.sched_getaffinity(0)), memory)))
 
 
-def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, log: Log) -> None:
+def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, flags: Sequence[str], log: Log) -> None:
     log("configuring llama.cpp")
     configure = [
         str(tools.cmake), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}", "-S", str(source), "-B", str(folder),
-        *CMAKE_FLAGS,
+        *CMAKE_FLAGS, *flags,
     ]  # fmt: skip
     _run(configure, step="configuring", log=log)
     log(f"compiling {', '.join(TARGETS)} with {jobs} jobs; about 6 minutes on 2 cores")

@@ -63,6 +63,14 @@ def load_tokenizer(path: Path, *, template: str = "auto") -> tuple[PreTrainedTok
     return tokenizer, choice
 
 
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
+    """Give a loaded tokenizer another chat template by name. Returns what had to be repaired.
+
+    Raises DataError (template-unknown).
+    """
+    return tuple(_choose_template(tokenizer, name)[2])
+
+
 def _choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str) -> tuple[str, str, list[str]]:
     if wanted == "auto" and tokenizer.chat_template:
         return "model", "the model brings its own chat template", []

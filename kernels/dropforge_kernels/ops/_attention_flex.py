@@ -13,8 +13,12 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 @lru_cache(maxsize=1)
 def _compiled() -> tuple[Callable, Callable]:
-    """(flex_attention, create_block_mask), compiled once per process; both recompile for a new number of tokens."""
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+    """(flex_attention, create_block_mask), compiled once per process.
+
+    A second number of tokens makes the compiler treat it as variable. fullgraph: past the compiler's limit of
+    variants it must raise, because flex attention that falls back to eager silently builds the whole score matrix.
+    """
+    return torch.compile(flex_attention, fullgraph=True), torch.compile(create_block_mask, fullgraph=True)
 
 
 def block_mask(

@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-FROZEN_BUDGET = 256 << 20
-"""Bytes of the logits buffer by default, head frozen: 1,044 rows of 128,256 bf16 logits, one wave of 128 x 256 tiles
-over 4,096 columns.
+FROZEN_BUDGET = 400 << 20
+"""Bytes of the logits buffer by default, head frozen: 1,024 rows of 128,256 or 151,936 bf16 logits, 768 of 262,208;
+with the gradient of 16K tokens under half a GiB. 1,024 rows make one wave of 128 x 256 tiles over 4,096 columns.
 """
 TRAINED_BUDGET = 1 << 30
 """The same with a trained head: each chunk reads and writes d W once in fp32 (8 V H bytes), so chunks are larger."""
@@ -57,7 +57,8 @@ def budget_from_free_memory(
 
 
 def chunk_rows(rows: int, vocabulary: int, itemsize: int, budget: int) -> int:
-    """Rows of a chunk: as many as fit the budget, rounded down to a multiple of 1,024, 128 or 16, so that GEMM tiles fill whole waves.
+    """Rows of a chunk: as many as fit the budget, rounded down to a multiple of 1,024, 128 or 16, so that GEMM tiles
+    fill whole waves.
 
     At least 16. A last chunk of under half a chunk is avoided by evening out: 1,100 rows at 1,024 a chunk are 2 x 640.
     """

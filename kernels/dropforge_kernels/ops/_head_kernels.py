@@ -143,6 +143,8 @@ def _backward_tiles(
     if WEIGHT_GRADIENT:
         sum_a = tl.zeros([BLOCK_T * BLOCK_N, PAIRS], tl.float32)
         sum_b = tl.zeros([BLOCK_T * BLOCK_N, PAIRS], tl.float32)
+    else:
+        steps = 1  # one block a program: the loop goes away
     for step in range(steps):
         row = (step * programs + program) * BLOCK_T + r // BLOCK_N
         token, batch, within = row.to(tl.int64), (row // sequence).to(tl.int64), (row % sequence).to(tl.int64)

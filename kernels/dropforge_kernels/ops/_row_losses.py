@@ -37,12 +37,14 @@ def row_loss(
     gradient: bool = False,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Fills nll, lse and entropy (fp32, (N,)); with ``gradient`` also overwrites the logits (N, V) with d nll / d logits * upstream."""
+    """Fills nll, lse and entropy (fp32, (N,)); with ``gradient`` also overwrites the logits (N, V) with d nll / d
+    logits * upstream.
+    """
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    # One program per row. With the gradient, the rows in flight must stay in the L2 cache until their second pass: wide programs, so
-    # that one or two rows per multiprocessor keep memory busy.
+    # One program per row. With the gradient, the rows in flight must stay in the L2 cache until their second pass:
+    # wide programs, so that one or two rows per multiprocessor keep memory busy.
     warps = 32 if gradient and vocabulary > 16384 else (8 if vocabulary > 4096 else 4)
     row_loss_kernel[(rows,)](
         logits,
@@ -83,7 +85,8 @@ def row_gradient(
     entropy: torch.Tensor | None = None,
     entropy_upstream: torch.Tensor | None = None,
 ) -> None:
-    """Writes upstream * d nll / d logits to ``out`` (may be the logits); with ``log_probability`` d log p instead, plus the entropy's part.
+    """Writes upstream * d nll / d logits to ``out`` (may be the logits); with ``log_probability`` d log p instead,
+    plus the entropy's part.
 
     upstream: fp32, one value or one per row.
     """
@@ -127,7 +130,9 @@ def reduce_loss(
     num_items: torch.Tensor | None,
     limit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, scale), both fp32 scalars: scale = 1 / divisor, loss = scale * sum(nll) (0 where nll is None). Nothing waits for the GPU."""
+    """(loss, scale), both fp32 scalars: scale = 1 / divisor, loss = scale * sum(nll) (0 where nll is None). Nothing
+    waits for the GPU.
+    """
     loss, scale = torch.zeros(2, dtype=torch.float32, device=target.device).unbind() if nll is None else _two(target)
     reduce_loss_kernel[(1,)](
         nll if nll is not None else scale,

@@ -1,6 +1,7 @@
 """Triton kernels over rows of logits, shared by cross_entropy, linear_cross_entropy and linear_logprobs.
 
-Legend: N rows (tokens), V vocabulary. With z = softcap * tanh(logit_scale * x / softcap), or z = logit_scale * x without a soft-cap:
+Legend: N rows (tokens), V vocabulary. With z = softcap * tanh(logit_scale * x / softcap), or z = logit_scale * x
+without a soft-cap:
 
     lse  = log sum_j exp(z_j)           p_j = exp(z_j - lse)           entropy = lse - sum_j p_j z_j
     nll  = (1 - eps) (lse - z_t) + eps (lse - mean_j z_j) + w lse^2    eps = label smoothing, w = z-loss weight
@@ -12,10 +13,9 @@ and every gradient of a row that the three operations need has the one form
     nll, upstream g:           A = g (1 + 2 w lse)    T = -g (1 - eps)    C = -g eps / V    E = 0
     log-probability g, entropy h:  A = -g + h (lse - entropy)    T = g    C = 0    E = -h
 
-All statistics are fp32 whatever the logits' dtype. One program reads one row: [LANES, WIDTH] values per step, where WIDTH values are one
-thread's own, so that the running maximum needs no exchange between threads and there is one exponential per value (plus one per WIDTH).
-Online softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867).
-"""
+All statistics are fp32 whatever the logits' dtype. One program reads one row: [LANES, WIDTH] values per step, where
+WIDTH values are one thread's own, so that the running maximum needs no exchange between threads and there is one
+exponential per value (plus one per WIDTH). Online softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _scaled(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z of the module docstring, fp32."""
     z = x.to(tl.float32) * logit_scale
     if HAS_SOFTCAP:
-        # tanh(u) = 1 - 2 / (exp(2u) + 1), whose absolute error is an fp32 step; near zero its series, so that the relative one is too
+        # tanh(u) = 1 - 2 / (exp(2u) + 1), whose absolute error is an fp32 step; near zero its series, so that the
+        # relative one is too
         u = z / softcap
         w = u * u
         series = u * (1.0 + w * (-0.33333333 + w * (0.13333333 - 0.053968254 * w)))
@@ -127,12 +128,12 @@ def row_loss_kernel(
     LANES_OUT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row: nll, lse, entropy (fp32) and, if asked, d nll / d logits times the scalar ``upstream``, where the logits were.
+    """One row: nll, lse, entropy (fp32) and, if asked, d nll / d logits times the scalar ``upstream``, where the
+    logits were.
 
-    gradient_ptr may equal logits_ptr. Ignored rows: nll, lse and entropy 0, gradient 0. A target outside [0, V) that is not
-    ignore_index gives NaN, never a plausible number. The second pass runs from the row's end to its start: what was read last is still
-    in the L2 cache, so that device memory sees one read and one write.
-    """
+    gradient_ptr may equal logits_ptr. Ignored rows: nll, lse and entropy 0, gradient 0. A target outside [0, V) that
+    is not ignore_index gives NaN, never a plausible number. The second pass runs from the row's end to its start:
+    what was read last is still in the L2 cache, so that device memory sees one read and one write."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_row_stride
     out_ptr = gradient_ptr + row * logits_row_stride
@@ -204,8 +205,9 @@ def row_gradient_kernel(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """dL/dx of a tile of one row from the row's saved lse: upstream[row * upstream_stride] times SIGN times d nll / dx, plus
-    entropy_upstream[row] times d entropy / dx. SIGN = -1 makes it the gradient of the log-probability (smoothing = z_weight = 0).
+    """dL/dx of a tile of one row from the row's saved lse: upstream[row * upstream_stride] times SIGN times d nll /
+    dx, plus entropy_upstream[row] times d entropy / dx. SIGN = -1 makes it the gradient of the log-probability
+    (smoothing = z_weight = 0).
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * (LANES * WIDTH) + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -247,9 +249,8 @@ def reduce_loss_kernel(
 ):
     """One program: scale = 1 / max(divisor, 1) and loss = scale * sum(nll), in a fixed order.
 
-    divisor = items[0] if given, else the number of rows that are not ignored (MEAN), else 1. NaN when more than ``limit`` rows
-    are not ignored: the caller promised fewer and rows were left out.
-    """
+    divisor = items[0] if given, else the number of rows that are not ignored (MEAN), else 1. NaN when more than
+    ``limit`` rows are not ignored: the caller promised fewer and rows were left out."""
     total = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.int32)
     for start in range(0, N, BLOCK):
@@ -271,7 +272,7 @@ def reduce_loss_kernel(
 
 
 def lanes_for(vocabulary: int, warps: int, groups: int = 2) -> int:
-    """Lanes of one step: each thread takes up to ``groups`` groups of WIDTH values, fewer for short rows. Two were best on an H200 for
-    reading, one for the pass that reads the cache and writes.
+    """Lanes of one step: each thread takes up to ``groups`` groups of WIDTH values, fewer for short rows. Two were
+    best on an H200 for reading, one for the pass that reads the cache and writes.
     """
     return max(32, min(warps * 32 * groups, triton.next_power_of_2(triton.cdiv(vocabulary, WIDTH))))

@@ -4,11 +4,11 @@
     m = m + (1 - b1) (g - m)                    v = v + (1 - b2) (g^2 - v)
     param = param (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-All arithmetic fp32. A norm that is not finite leaves everything as it was, the step count too (decided on the device). 8-bit states:
-blocks of 256 values share an absmax; a value is the nearest entry of the dynamic map times it. Entries are computed,
-not searched or looked up: the map is seven decades of equal cells. A second moment above zero never rounds to zero (it would make the next step
-m / eps). Sources: Loshchilov and Hutter 2019 (arXiv:1711.05101); Dettmers et al. 2022 (arXiv:2110.02861).
-"""
+All arithmetic fp32. A norm that is not finite leaves everything as it was, the step count too (decided on the
+device). 8-bit states: blocks of 256 values share an absmax; a value is the nearest entry of the dynamic map times it.
+Entries are computed, not searched or looked up: the map is seven decades of equal cells. A second moment above zero
+never rounds to zero (it would make the next step m / eps). Sources: Loshchilov and Hutter 2019 (arXiv:1711.05101);
+Dettmers et al. 2022 (arXiv:2110.02861)."""
 
 from __future__ import annotations
 
@@ -22,70 +22,11 @@ from dropforge_kernels import reference
 from dropforge_kernels.checks import FLOATS, check_dtype, check_ndim, check_same_device, check_same_shape, check_tensor
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._common import processors
+from dropforge_kernels.ops._dynamic_map import decode, encode
 from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState
 
 OP = "adamw"
-LOG2_10 = tl.constexpr(3.321928094887362)
-SMALLEST_ABSMAX = tl.constexpr(1e-37)  # below, a reciprocal would overflow
-ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23
-ROUNDER_BITS = tl.constexpr(0x4B400000)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _cell(relative, SIGNED: tl.constexpr):
-    """Index of the dynamic map's nearest value for 0 <= relative <= 1, counted from its zero.
-
-    Decade i = 0..6 ends at 10^(i - 6) and has n = n0 2^i cells; its codes start at index n - n0 + 1. The border between decades is half
-    way between the middles of the cells beside it: 0.9 / n above the lower one's end. Selecting among constants is cheaper here than a
-    logarithm and conversions, which queue for the special-function units.
-    """
-    n0: tl.constexpr = 1 if SIGNED else 2
-    n = tl.full(relative.shape, n0, tl.float32)
-    factor = tl.full(relative.shape, n0 * 1e6 / 0.9, tl.float32)  # cells per unit
-    for i in tl.static_range(1, 7):
-        above = relative >= (10.0 ** (i - 7)) * (1.0 + 0.9 / (n0 * 2.0 ** (i - 1)))
-        n = tl.where(above, n0 * 2.0**i, n)
-        factor = tl.where(above, n0 * 2.0**i * 10.0 ** (6 - i) / 0.9, factor)
-    cell = relative * factor - n * 0.11111111
-    # Adding ROUNDER rounds to the nearest integer and leaves it in the low bits; round(x - 0.5) is floor(x).
-    floored = tl.minimum(tl.maximum(cell - 0.5, -0.25), n - 1.0) + n + ROUNDER
-    index = floored.to(tl.int32, bitcast=True) - (ROUNDER_BITS + n0 - 1)
-    index = tl.where(relative < 0.5e-6 * (0.1 + 0.45 / n0), 0, index)
-    return tl.where(relative >= 1.0 - 0.225 / (n0 * 64.0), 64 * n0 * 2 - n0 + 1, index)
-
-
-@triton.jit
-def _encode(value, absmax, SIGNED: tl.constexpr):
-    """uint8 codes of [B, 256] values with absmax [B]."""
-    relative = value * (1.0 / tl.maximum(absmax, SMALLEST_ABSMAX))[:, None]
-    if SIGNED:
-        size = _cell(tl.abs(relative), True)
-        code = 127 + tl.where(relative < 0.0, -tl.minimum(size, 127), size)
-    else:
-        code = tl.maximum(_cell(relative, False), (relative > 0.0).to(tl.int32))
-    return code.to(tl.uint8)
-
-
-@triton.jit
-def _decode(code, SIGNED: tl.constexpr):
-    """The dynamic map's value of uint8 codes: computed, because 256-entry lookups cost the memory pipeline more than the arithmetic.
-
-    With q = code from zero + n0 - 1 in [n, 2n), n a power of two: decade = log2(n / n0), and (q + 0.5) / n is the mantissa of q + 0.5.
-    """
-    n0: tl.constexpr = 1 if SIGNED else 2
-    index = code.to(tl.int32)
-    if SIGNED:
-        index -= 127
-    size = tl.abs(index)
-    # an integer below 2^23 put under the exponent of 2^23 is that float plus 2^23: a conversion without a conversion instruction
-    q = ((size + (n0 - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - 8388607.5
-    bits = q.to(tl.int32, bitcast=True)
-    decade = (((bits >> 23) - (127 + n0 - 1 - 1)) | 0x4B000000).to(tl.float32, bitcast=True) - 8388609.0
-    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
-    value = tl.exp2(decade * LOG2_10 - 6.0 * LOG2_10) * (0.9 * mantissa - 0.8)
-    value = tl.where(size == 0, 0.0, tl.where(size == 128 * n0 - n0 + 1, 1.0, value))
-    return tl.where(index < 0, -value, value)
 
 
 @triton.jit
@@ -147,8 +88,8 @@ def _adamw_kernel(
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * clip
         p = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if EIGHT:
-            m = _decode(tl.load(m_ptr + at, mask=mask, other=127), True)
-            v = _decode(tl.load(v_ptr + at, mask=mask, other=0), False)
+            m = decode(tl.load(m_ptr + at, mask=mask, other=127), True)
+            v = decode(tl.load(v_ptr + at, mask=mask, other=0), False)
             m = m * tl.load(m_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
             v = v * tl.load(v_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
         else:
@@ -165,8 +106,8 @@ def _adamw_kernel(
             v_absmax = tl.max(v, axis=1)
             tl.store(m_absmax_ptr + block, m_absmax, mask=block_mask)
             tl.store(v_absmax_ptr + block, v_absmax, mask=block_mask)
-            tl.store(m_ptr + at, _encode(m, m_absmax, True), mask=mask)
-            tl.store(v_ptr + at, _encode(v, v_absmax, False), mask=mask)
+            tl.store(m_ptr + at, encode(m, m_absmax, True), mask=mask)
+            tl.store(v_ptr + at, encode(v, v_absmax, False), mask=mask)
         else:
             tl.store(m_ptr + at, m, mask=mask)
             tl.store(v_ptr + at, v, mask=mask)
@@ -208,9 +149,7 @@ def _(grad):
     return grad.new_empty((), dtype=torch.float32)
 
 
-def _launch(
-    param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
-):
+def _launch(param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm):
     eight = absmax is not None
     blocks = 4
     _adamw_kernel[(max(1, triton.cdiv(param.numel(), blocks * STATE_BLOCK)),)](
@@ -244,9 +183,7 @@ def _launch(
     )
 
 
-@torch.library.custom_op(
-    "dropforge::adamw", mutates_args=("param", "m", "v", "step", "absmax", "absmax_sq", "copy")
-)
+@torch.library.custom_op("dropforge::adamw", mutates_args=("param", "m", "v", "step", "absmax", "absmax_sq", "copy"))
 def _adamw(
     param: torch.Tensor,
     grad: torch.Tensor,
@@ -265,18 +202,18 @@ def _adamw(
     decay: float,
     max_norm: float | None,
 ) -> None:
-    _launch(
-        param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm
-    )
+    _launch(param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm)
 
 
 @_adamw.register_fake
-def _(*_):
+def _(*_: object):
     return None
 
 
 def adamw_state(param: torch.Tensor, *, bits: int = 32) -> AdamWState:
-    """A fresh state for a flat ``param`` (n): 8 bytes a value with bits=32, 2.03 with bits=8. Raises ValueError for other bits."""
+    """A fresh state for a flat ``param`` (n): 8 bytes a value with bits=32, 2.03 with bits=8. Raises ValueError for
+    other bits.
+    """
     check_tensor("adamw_state", "param", param)
     check_ndim("adamw_state", "param", param, 1)
     device, size = param.device, param.numel()
@@ -293,7 +230,8 @@ def adamw_state(param: torch.Tensor, *, bits: int = 32) -> AdamWState:
 
 
 def gradient_norm(grad: torch.Tensor) -> torch.Tensor:
-    """The 2-norm of a contiguous tensor of any shape as an fp32 scalar on its device, summed in fp32 in a fixed order (two launches).
+    """The 2-norm of a contiguous tensor of any shape as an fp32 scalar on its device, summed in fp32 in a fixed order
+    (two launches).
 
     Raises TypeError or ValueError for a wrong dtype or strides.
     """
@@ -322,12 +260,12 @@ def adamw(
 ) -> None:
     """One AdamW step in place on ``param`` and ``state``; formula at the top of this file.
 
-    param, grad: (n) contiguous, each bf16, fp16 or fp32 (a bf16 param is rounded to nearest each step: keep fp32 masters for small
-    updates). state: from ``adamw_state(param)``. lr: a number, or a one-element tensor on the device (so that a captured graph follows a
-    schedule). grad_norm: the gradient's norm (``gradient_norm``, or reduced over ranks): clips to max_norm if that is given, and a value
-    that is not finite skips the step. low_precision: (n) receives the updated parameters in its own dtype in the same pass.
-    No host wait; can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
-    """
+    param, grad: (n) contiguous, each bf16, fp16 or fp32 (a bf16 param is rounded to nearest each step: keep fp32
+    masters for small updates). state: from ``adamw_state(param)``. lr: a number, or a one-element tensor on the
+    device (so that a captured graph follows a schedule). grad_norm: the gradient's norm (``gradient_norm``, or
+    reduced over ranks): clips to max_norm if that is given, and a value that is not finite skips the step.
+    low_precision: (n) receives the updated parameters in its own dtype in the same pass. No host wait; can be
+    captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
     _check(param, grad, state, betas, eps, grad_norm, max_norm, low_precision)
     options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "grad_norm": grad_norm, "max_norm": max_norm}
     if choose(OP, param, grad, state.exp_avg).backend is Backend.REFERENCE:
@@ -348,7 +286,9 @@ def _check(param, grad, state, betas, eps, grad_norm, max_norm, low_precision):
     check_dtype(OP, "grad", grad)
     check_same_shape(OP, "grad", grad, "param", param)
     check_same_shape(OP, "state.exp_avg", state.exp_avg, "param", param)
-    check_same_device(OP, param=param, grad=grad, exp_avg=state.exp_avg, grad_norm=grad_norm, low_precision=low_precision)
+    check_same_device(
+        OP, param=param, grad=grad, exp_avg=state.exp_avg, grad_norm=grad_norm, low_precision=low_precision
+    )
     for name, tensor in (("param", param), ("grad", grad), ("low_precision", low_precision)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{OP}: {name} must be contiguous; received strides {tensor.stride()}")
@@ -360,7 +300,9 @@ def _check(param, grad, state, betas, eps, grad_norm, max_norm, low_precision):
     if not eps > 0:
         raise ValueError(f"{OP}: eps must be positive; received {eps}")
     if grad_norm is not None and (grad_norm.numel() != 1 or grad_norm.dtype is not torch.float32):
-        raise ValueError(f"{OP}: grad_norm must be one fp32 value; received {tuple(grad_norm.shape)} of {grad_norm.dtype}")
+        raise ValueError(
+            f"{OP}: grad_norm must be one fp32 value; received {tuple(grad_norm.shape)} of {grad_norm.dtype}"
+        )
     if max_norm is not None:
         if grad_norm is None:
             raise ValueError(f"{OP}: max_norm needs grad_norm (see gradient_norm); received None")

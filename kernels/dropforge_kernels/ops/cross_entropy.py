@@ -7,11 +7,10 @@
 
     d nll / d z_j = softmax_j (1 + 2 w lse) - (1 - eps) [j = t] - eps / V
 
-The forward reads the logits once; the backward reads them again and writes the gradient. With ``inplace_gradient`` one launch does both:
-the second read comes from the L2 cache and the gradient replaces the logits, so device memory sees one read and one write in all.
-Kernels and their source: ops/_vocabulary_rows.py. Label smoothing: Szegedy et al. 2016; z-loss: Chowdhery et al. 2022 (PaLM), section 5;
-soft-cap: Gemma 2 report (arXiv:2408.00118), section 2.
-"""
+The forward reads the logits once; the backward reads them again and writes the gradient. With ``inplace_gradient``
+one launch does both: the second read comes from the L2 cache and the gradient replaces the logits, so device memory
+sees one read and one write in all. Kernels and their source: ops/_vocabulary_rows.py. Label smoothing: Szegedy et al.
+2016; z-loss: Chowdhery et al. 2022 (PaLM), section 5; soft-cap: Gemma 2 report (arXiv:2408.00118), section 2."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ TARGETS = frozenset({torch.int64, torch.int32})
 
 @triton.jit
 def scale_unless_one_kernel(x_ptr, upstream_ptr, numel, BLOCK: tl.constexpr):
-    """x *= upstream[0], in place; returns at once where upstream is 1, so that the usual backward costs no pass and no host wait."""
+    """x *= upstream[0], in place; returns at once where upstream is 1, so that the usual backward costs no pass and
+    no host wait.
+    """
     upstream = tl.load(upstream_ptr)
     if upstream != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +55,9 @@ def check_loss_options(
 
 
 def items_tensor(op: str, items: torch.Tensor | float | None, device: torch.device) -> torch.Tensor | None:
-    """num_items_in_batch as a tensor of one value on ``device``; no host wait. Raises ValueError for more values than one."""
+    """num_items_in_batch as a tensor of one value on ``device``; no host wait. Raises ValueError for more values than
+    one.
+    """
     if items is None:
         return None
     if isinstance(items, torch.Tensor):
@@ -139,7 +142,7 @@ class _InPlace(torch.autograd.Function):
     """Loss and gradient in one launch, the gradient where the logits were."""
 
     @staticmethod
-    def forward(ctx, logits, target, num_items, reduction, rule):
+    def forward(ctx, logits, target, num_items, reduction, rule) -> torch.Tensor:
         buffer = logits.detach()
         nll = torch.empty(buffer.shape[0], dtype=torch.float32, device=buffer.device)
         lse = torch.empty_like(nll)
@@ -152,11 +155,12 @@ class _InPlace(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, d_loss):
+    def backward(ctx, d_loss) -> tuple[torch.Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError(
-                "cross_entropy: a second backward through inplace_gradient=True; its gradient was handed out by the first. "
+                "cross_entropy: a second backward through inplace_gradient=True; "
+                "its gradient was handed out by the first. "
                 "Use inplace_gradient=False where the graph is retained"
             )
         if gradient.numel():
@@ -180,22 +184,25 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of logits; the formula is at the top of this file.
 
-    Equals ``F.cross_entropy(logits.float(), target, label_smoothing=...)`` with scale, soft-cap and z-loss left out, except that a batch
-    without counted targets gives 0 instead of NaN.
+    Equals ``F.cross_entropy(logits.float(), target, label_smoothing=...)`` with scale, soft-cap and z-loss left out,
+    except that a batch without counted targets gives 0 instead of NaN.
 
-    logits: (..., V) bf16, fp16 or fp32, any strides (a last stride other than 1 is copied). target: (...) int64 or int32.
-    reduction: "mean" over counted rows, "sum", "none" (result (...)). num_items_in_batch: a number or one-element tensor that replaces
-    the divisor of "mean" and "sum". Result: fp32; all statistics fp32; under autocast the logits' dtype stays.
-    inplace_gradient: the logits' memory is overwritten with their gradient in the forward ("mean" and "sum" only; ignored under
-    torch.compile and where no gradient is needed); a second backward then raises. Saved for backward: logits and one fp32 per row, or
-    nothing but the overwritten logits.
-    A target outside [0, V) that is not ignore_index makes the loss NaN on the GPU (no host wait) and raises IndexError on the CPU.
-    Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
-    """
+    logits: (..., V) bf16, fp16 or fp32, any strides (a last stride other than 1 is copied). target: (...) int64 or
+    int32. reduction: "mean" over counted rows, "sum", "none" (result (...)). num_items_in_batch: a number or
+    one-element tensor that replaces the divisor of "mean" and "sum". Result: fp32; all statistics fp32; under
+    autocast the logits' dtype stays. inplace_gradient: the logits' memory is overwritten with their gradient in the
+    forward ("mean" and "sum" only; ignored under torch.compile and where no gradient is needed); a second backward
+    then raises. Saved for backward: logits and one fp32 per row, or nothing but the overwritten logits. A target
+    outside [0, V) that is not ignore_index makes the loss NaN on the GPU (no host wait) and raises IndexError on the
+    CPU. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
     _check(logits, target, reduction, num_items_in_batch)
     options = (ignore_index, logit_scale, logit_softcap, label_smoothing, z_loss_weight)
     check_loss_options(
-        OP, logit_scale=logit_scale, logit_softcap=logit_softcap, label_smoothing=label_smoothing, z_loss_weight=z_loss_weight
+        OP,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
     )
     if choose(OP, logits, target).backend is Backend.REFERENCE:
         return reference.cross_entropy(

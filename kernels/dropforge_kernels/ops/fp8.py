@@ -3,10 +3,9 @@
     amax  = max(max |x|, 1e-12) over the row or block            scale = amax / 448                       (fp32)
     codes = e4m3(clamp(x * (448 / amax), -448, 448))             back  = dtype(fp32(codes) * scale)
 
-Round to nearest, ties to even. A NaN or infinite input makes its row's or block's scale NaN or infinite: nothing hides it. Format:
-Micikevicius et al. 2022 (arXiv:2209.05433); 128 x 128 weight blocks: DeepSeek-V3 report (arXiv:2412.19437), section 3.3. Not
-differentiable: callers that need gradients wrap their matrix product.
-"""
+Round to nearest, ties to even. A NaN or infinite input makes its row's or block's scale NaN or infinite: nothing
+hides it. Format: Micikevicius et al. 2022 (arXiv:2209.05433); 128 x 128 weight blocks: DeepSeek-V3 report
+(arXiv:2412.19437), section 3.3. Not differentiable: callers that need gradients wrap their matrix product."""
 
 from __future__ import annotations
 
@@ -28,7 +27,11 @@ SMALLEST_AMAX = tl.constexpr(1e-12)
 @triton.jit
 def _to_codes(x, factor, PRE_ROUND: tl.constexpr):
     """e4m3 of x * factor. PRE_ROUND rounds in fp32 first, for Triton's interpreter, whose conversion does not round."""
-    y = tl.minimum(tl.maximum(x * factor, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL), E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.minimum(
+        tl.maximum(x * factor, -E4M3_MAX, propagate_nan=tl.PropagateNan.ALL),
+        E4M3_MAX,
+        propagate_nan=tl.PropagateNan.ALL,
+    )
     if PRE_ROUND:
         exponent = (y.to(tl.int32, bitcast=True) >> 23) & 255
         # adding 1.5 * 2^23 grid steps leaves no bits below one step: 2^(e - 3), or 2^-9 below the smallest normal 2^-6
@@ -83,7 +86,9 @@ def _block_quantize_kernel(x_ptr, codes_ptr, scale_ptr, x_stride, R, C, PRE_ROUN
 
 
 @triton.jit
-def _dequantize_kernel(codes_ptr, scale_ptr, out_ptr, R, C, scale_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+def _dequantize_kernel(
+    codes_ptr, scale_ptr, out_ptr, R, C, scale_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr
+):
     """A tile of ROWS x COLUMNS; SIZE = 1: one scale per row, else the tile lies inside one SIZE x SIZE block."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -106,7 +111,15 @@ def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block = min(16384, triton.next_power_of_2(max(16, columns)))
         warps = max(1, min(16, block // 512))
         _row_quantize_kernel[(scale.numel(),)](
-            x, codes, scale, stride, columns, PRE_ROUND=not x.is_cuda, ONE_PASS=columns <= block, BLOCK_C=block, num_warps=warps
+            x,
+            codes,
+            scale,
+            stride,
+            columns,
+            PRE_ROUND=not x.is_cuda,
+            ONE_PASS=columns <= block,
+            BLOCK_C=block,
+            num_warps=warps,
         )
     return codes, scale
 
@@ -174,7 +187,8 @@ def _check_values(op: str, x: torch.Tensor) -> None:
 
 
 def fp8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., C) bf16, fp16 or fp32 -> (codes e4m3fn (..., C), scale fp32 (...)), one scale per row; formula at the top of this file.
+    """x (..., C) bf16, fp16 or fp32 -> (codes e4m3fn (..., C), scale fp32 (...)), one scale per row; formula at the
+    top of this file.
 
     Any strides; results contiguous. Raises TypeError or ValueError for wrong dtypes or shapes.
     """
@@ -185,7 +199,8 @@ def fp8_quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fp8_quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (R, C) bf16, fp16 or fp32 -> (codes e4m3fn (R, C), scale fp32 (ceil(R / 128), ceil(C / 128))); edge blocks are partial.
+    """x (R, C) bf16, fp16 or fp32 -> (codes e4m3fn (R, C), scale fp32 (ceil(R / 128), ceil(C / 128))); edge blocks
+    are partial.
 
     Any strides; results contiguous. Raises TypeError or ValueError for wrong dtypes or shapes.
     """
@@ -209,7 +224,9 @@ def fp8_dequantize_rows(
 def fp8_dequantize_blocks(
     codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """codes e4m3fn (R, C), scale fp32 (ceil(R / 128), ceil(C / 128)) -> dtype (R, C), into ``out`` (contiguous) if given."""
+    """codes e4m3fn (R, C), scale fp32 (ceil(R / 128), ceil(C / 128)) -> dtype (R, C), into ``out`` (contiguous) if
+    given.
+    """
     op = "fp8_dequantize_blocks"
     check_tensor(op, "codes", codes)
     check_ndim(op, "codes", codes, 2)
@@ -224,7 +241,9 @@ def _dequantized(op, codes, scale, dtype, out, size):
     check_dtype(op, "out", result, FLOATS)
     if result.shape != codes.shape or result.dtype is not dtype or not result.is_contiguous():
         received = f"{tuple(result.shape)}, {result.dtype}, strides {result.stride()}"
-        raise ValueError(f"{op}: out must be contiguous with shape {tuple(codes.shape)} and dtype {dtype}; received {received}")
+        raise ValueError(
+            f"{op}: out must be contiguous with shape {tuple(codes.shape)} and dtype {dtype}; received {received}"
+        )
     check_same_device(op, codes=codes, scale=scale, out=result)
     if choose(op, codes, scale).backend is Backend.REFERENCE:
         call = reference.fp8_dequantize_rows if size == 1 else reference.fp8_dequantize_blocks

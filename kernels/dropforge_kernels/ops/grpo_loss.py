@@ -1,19 +1,21 @@
-"""Losses of the GRPO family from log-probabilities (ops/linear_logprobs.py gives those), one launch for value and gradient.
+"""Losses of the GRPO family from log-probabilities (ops/linear_logprobs.py gives those), one launch for value and
+gradient.
 
 Legend: B sequences, T tokens; everything below only over tokens with mask 1; advantage a_b per sequence.
 
     level "token":     r_bt = exp(logp_bt - old_bt)
     level "sequence":  r_b  = exp(mean_t (logp_bt - old_bt))                                   (GSPO)
     l_bt = -min(min(r, delta) a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta k_bt
-    k_bt = exp(ref_bt - logp_bt) - (ref_bt - logp_bt) - 1                                      (k3 estimator of KL to the reference)
+    k_bt = exp(ref_bt - logp_bt) - (ref_bt - logp_bt) - 1                                      (k3 estimator of KL to
+    the reference)
 
     grpo     mean over b of (sum_t l_bt / tokens_b)          dr_grpo  sum l / (B max_completion_length)
-    bnpo     sum l / tokens of this batch                    dapo     sum l / num_items_in_batch (default: tokens of this batch)
+    bnpo     sum l / tokens of this batch                    dapo     sum l / num_items_in_batch (default: tokens of
+    this batch)
 
-Exponents are clamped to +-20, divisors are at least 1, masked tokens never enter an exponential. Sources: DeepSeekMath
-(arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071), two-sided clipping: INTELLECT-2
-(arXiv:2505.07291); names as in TRL's GRPOConfig.
-"""
+Exponents are clamped to +-20, divisors are at least 1, masked tokens never enter an exponential. Sources:
+DeepSeekMath (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071),
+two-sided clipping: INTELLECT-2 (arXiv:2505.07291); names as in TRL's GRPOConfig."""
 
 from __future__ import annotations
 
@@ -184,7 +186,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(logprobs, *_):
+def _(logprobs, *_: object):
     scalar = logprobs.new_empty((), dtype=torch.float32)
     means = logprobs.new_empty((3,), dtype=torch.float32)
     return scalar, means, torch.empty_like(scalar), logprobs.new_empty(logprobs.shape, dtype=torch.float32)
@@ -196,7 +198,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[2], output[3])
 
 
-def _differentiate(ctx, d_loss, *_):
+def _differentiate(ctx, d_loss, *_: object):
     if d_loss is None:
         return (None,) * 13
     scale, gradient = ctx.saved_tensors
@@ -224,15 +226,17 @@ def grpo_loss(
 ) -> GrpoLoss:
     """Loss of the GRPO family; formulas at the top of this file. Differentiable in ``logprobs`` only.
 
-    logprobs, old_logprobs (None: the current ones, ratio 1), ref_logprobs (needed with beta > 0): (B, T) bf16, fp16 or fp32, of the
-    completion tokens. advantages: (B) float. mask: (B, T), non-zero where a token counts; values elsewhere may be anything, NaN too.
-    importance_sampling_level "sequence" with loss_type "grpo" is GSPO. max_completion_length: for dr_grpo. num_items_in_batch: for
-    dapo. Returns GrpoLoss, all fp32 scalars, kl and the clipped shares detached. Accumulation fp32; saved for backward: the gradient.
-    No host wait; can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
-    """
+    logprobs, old_logprobs (None: the current ones, ratio 1), ref_logprobs (needed with beta > 0): (B, T) bf16, fp16
+    or fp32, of the completion tokens. advantages: (B) float. mask: (B, T), non-zero where a token counts; values
+    elsewhere may be anything, NaN too. importance_sampling_level "sequence" with loss_type "grpo" is GSPO.
+    max_completion_length: for dr_grpo. num_items_in_batch: for dapo. Returns GrpoLoss, all fp32 scalars, kl and the
+    clipped shares detached. Accumulation fp32; saved for backward: the gradient. No host wait; can be captured.
+    Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
     high = epsilon if epsilon_high is None else epsilon_high
     _check(logprobs, advantages, mask, old_logprobs, ref_logprobs)
-    _check_options(loss_type, importance_sampling_level, epsilon, high, delta, beta, ref_logprobs, max_completion_length)
+    _check_options(
+        loss_type, importance_sampling_level, epsilon, high, delta, beta, ref_logprobs, max_completion_length
+    )
     if choose(OP, logprobs, advantages, mask, old_logprobs, ref_logprobs).backend is Backend.REFERENCE:
         return reference.grpo_loss(
             logprobs,

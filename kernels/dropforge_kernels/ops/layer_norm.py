@@ -56,6 +56,8 @@ def _backward_kernel(
     if PARAMETERS:
         weight_sum = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
         bias_sum = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    else:
+        steps = 1  # one block a program: the loop goes away
     for step in tl.range(0, steps, num_stages=STAGES):
         row_1d = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         row = row_1d[:, None]

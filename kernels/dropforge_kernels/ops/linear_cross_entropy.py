@@ -2,13 +2,12 @@
 
     loss = cross_entropy(hidden @ weight.T, target, ...)         (formula: ops/cross_entropy.py)
 
-Rows are taken a chunk at a time (ops/_head_chunks.py): logits of the chunk by the vendor GEMM in the hidden states' dtype, losses (fp32
-statistics) and d nll / d logits in place in one launch, then d hidden = d logits W. So the forward already holds the gradient, and the
-backward multiplies it by upstream / divisor: 4 N H V FLOP in all with a frozen head, 6 N H V with a trained one, and no logits are
-computed twice. Gradients are kept undivided until the backward, so fp16 loses nothing that a loss scale would have kept.
-Method: gradient in the forward as in Hsu et al. 2024 (Liger, arXiv:2410.10989); without its host-side logits copies; compaction of
-ignored rows is ours.
-"""
+Rows are taken a chunk at a time (ops/_head_chunks.py): logits of the chunk by the vendor GEMM in the hidden states'
+dtype, losses (fp32 statistics) and d nll / d logits in place in one launch, then d hidden = d logits W. So the
+forward already holds the gradient, and the backward multiplies it by upstream / divisor: 4 N H V FLOP in all with a
+frozen head, 6 N H V with a trained one, and no logits are computed twice. Gradients are kept undivided until the
+backward, so fp16 loses nothing that a loss scale would have kept. Method: gradient in the forward as in Hsu et al.
+2024 (Liger, arXiv:2410.10989); without its host-side logits copies; compaction of ignored rows is ours."""
 
 from __future__ import annotations
 
@@ -74,7 +73,9 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, target, num_items, reduction, max_valid, skip_ignored, rows_per_chunk, need_hidden, need_weight, *_):
+def _(
+    hidden, weight, target, num_items, reduction, max_valid, skip_ignored, rows, need_hidden, need_weight, *_: object
+):
     scalar = hidden.new_empty((), dtype=torch.float32)
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     d_weight = hidden.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
@@ -82,7 +83,9 @@ def _(hidden, weight, target, num_items, reduction, max_valid, skip_ignored, row
 
 
 @torch.library.custom_op("dropforge::scale_gradient", mutates_args=())
-def scale_gradient(x: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype, sign: int) -> torch.Tensor:
+def scale_gradient(
+    x: torch.Tensor, scale: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype, sign: int
+) -> torch.Tensor:
     """x (N, W) * scale * upstream * sign in a new tensor; upstream: one value, or one per row of x."""
     return scale_rows(x, scale, upstream, dtype, sign=sign)
 
@@ -100,7 +103,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-def _differentiate(ctx, d_loss, *_):
+def _differentiate(ctx, d_loss, *_: object):
     if d_loss is None:
         return (None,) * 15
     scale, d_hidden, d_weight = ctx.saved_tensors
@@ -130,22 +133,25 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """``cross_entropy(hidden @ weight.T, target)`` in chunks of rows; formula and method at the top of this file.
 
-    hidden: (..., H), weight: (V, H), both bf16, fp16 or fp32 (one dtype; under autocast both are cast to its dtype). target: (...)
-    int64 or int32, already shifted. reduction "mean" or "sum"; num_items_in_batch replaces the divisor. Result: fp32 scalar.
-    Gradients reach hidden, and weight where it requires them (summed in fp32 over chunks). Saved for backward: the gradients.
-    max_valid: an upper bound on the targets that count, known on the host; rows beyond it are never computed, nothing waits for the
-    GPU and the call can be captured. A bound that is too low makes the loss NaN. Without it the ignored rows are found on the device
-    and their number is read on the host while the first chunk runs (not during capture: then all rows are computed);
-    skip_ignored=False computes all rows without waiting.
-    memory_budget: bytes of the logits buffer (default 256 MiB, 1 GiB with a trained head; ``budget_from_free_memory`` proposes one);
-    at least 16 rows are computed at a time. A target outside [0, V) makes the loss NaN.
-    Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
-    """
+    hidden: (..., H), weight: (V, H), both bf16, fp16 or fp32 (one dtype; under autocast both are cast to its dtype).
+    target: (...) int64 or int32, already shifted. reduction "mean" or "sum"; num_items_in_batch replaces the divisor.
+    Result: fp32 scalar. Gradients reach hidden, and weight where it requires them (summed in fp32 over chunks). Saved
+    for backward: the gradients. max_valid: an upper bound on the targets that count, known on the host; rows beyond
+    it are never computed, nothing waits for the GPU and the call can be captured. A bound that is too low makes the
+    loss NaN. Without it the ignored rows are found on the device and their number is read on the host while the first
+    chunk runs (not during capture: then all rows are computed); skip_ignored=False computes all rows without waiting.
+    memory_budget: bytes of the logits buffer (default 400 MiB, 1 GiB with a trained head; ``budget_from_free_memory``
+    proposes one); at least 16 rows are computed at a time. A target outside [0, V) makes the loss NaN. Raises
+    TypeError and ValueError for wrong dtypes, shapes, devices and options."""
     hidden, weight = autocast_pair(hidden, weight)
     check_head(OP, hidden, weight, target, max_valid=max_valid, memory_budget=memory_budget)
     check_choice(OP, "reduction", reduction, ("mean", "sum"))
     check_loss_options(
-        OP, logit_scale=logit_scale, logit_softcap=logit_softcap, label_smoothing=label_smoothing, z_loss_weight=z_loss_weight
+        OP,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
     )
     options = (ignore_index, logit_scale, logit_softcap, label_smoothing, z_loss_weight)
     if choose(OP, hidden, weight, target).backend is Backend.REFERENCE:

@@ -1,13 +1,15 @@
-"""Log-probabilities of chosen tokens, and entropies, from hidden states and a head, without ever forming the full logits.
+"""Log-probabilities of chosen tokens, and entropies, from hidden states and a head, without ever forming the full
+logits.
 
     z = softcap(logit_scale * hidden @ weight.T)      logprob = z_t - lse(z)      entropy = lse(z) - sum_j softmax_j z_j
 
 (logit_scale = 1 / temperature.) Same chunks as linear_cross_entropy (ops/_head_chunks.py). Two ways to the gradient:
 
-- frozen head, entropy only reported: d logprob_i / d hidden_i = (e_t - softmax) W is one vector of H values per row, whatever its
+- frozen head, entropy only reported: d logprob_i / d hidden_i = (e_t - softmax) W is one vector of H values per row,
+  whatever its
   upstream turns out to be. The forward stores it and the backward scales each row: 4 N H V FLOP.
-- trained head or differentiated entropy: the backward computes the logits again: 6 N H V FLOP, plus 2 N H V for d weight.
-"""
+- trained head or differentiated entropy: the backward computes the logits again: 6 N H V FLOP, plus 2 N H V for d
+  weight."""
 
 from __future__ import annotations
 
@@ -43,8 +45,12 @@ def _forward(
     head = Head(hidden, weight, rows_per_chunk, need_hidden=need_jacobian, need_weight=False)
     count = target.numel()
     kinds = 3 if return_entropy else 2
-    rows = torch.empty((kinds, rows_per_chunk), dtype=torch.float32, device=hidden.device)  # nll, lse, entropy of a chunk
-    found = torch.zeros((kinds, count + 1), dtype=torch.float32, device=hidden.device)  # the last column takes the padding
+    rows = torch.empty(
+        (kinds, rows_per_chunk), dtype=torch.float32, device=hidden.device
+    )  # nll, lse, entropy of a chunk
+    found = torch.zeros(
+        (kinds, count + 1), dtype=torch.float32, device=hidden.device
+    )  # the last column takes the padding
     for chunk in row_chunks(
         target, rows_per_chunk, ignore_index=ignore_index, max_valid=max_valid, skip_ignored=skip_ignored
     ):
@@ -59,7 +65,9 @@ def _forward(
             head.take_gradient(chunk, part, logits)
     logprobs, lse = found[0, :count].neg(), found[1, :count].clone()
     if max_valid is not None and max_valid < count:
-        wrong = (target != ignore_index).sum() > max_valid  # a bound that left rows out must not pass for log-probabilities
+        wrong = (
+            target != ignore_index
+        ).sum() > max_valid  # a bound that left rows out must not pass for log-probabilities
         logprobs = torch.where(wrong, torch.full_like(logprobs, float("nan")), logprobs)
     nothing = lse.new_empty(0)
     jacobian = head.d_hidden if head.d_hidden is not None else hidden.new_empty(0)
@@ -67,7 +75,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, target, max_valid, skip_ignored, rows_per_chunk, return_entropy, need_jacobian, *_):
+def _(hidden, weight, target, max_valid, skip_ignored, rows_per_chunk, return_entropy, need_jacobian, *_: object):
     rows = hidden.new_empty((target.shape[0],), dtype=torch.float32)
     entropy = torch.empty_like(rows) if return_entropy else rows.new_empty(0)
     return rows, torch.empty_like(rows), entropy, hidden.new_empty(hidden.shape if need_jacobian else (0,))
@@ -118,7 +126,21 @@ def _backward(
 
 
 @_backward.register_fake
-def _(hidden, weight, target, lse, entropy, d_logprobs, d_entropy, max_valid, skip, rows, need_hidden, need_weight, *_):
+def _(
+    hidden,
+    weight,
+    target,
+    lse,
+    entropy,
+    d_logprobs,
+    d_entropy,
+    max_valid,
+    skip,
+    rows,
+    need_hidden,
+    need_weight,
+    *_: object,
+):
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     return d_hidden, hidden.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
 
@@ -168,14 +190,15 @@ def linear_logprobs(
     skip_ignored: bool = True,
     memory_budget: int | None = None,
 ) -> LogProbs:
-    """``log_softmax(logit_scale * hidden @ weight.T).gather(target)`` and its entropy, in chunks; formula at the top of this file.
+    """``log_softmax(logit_scale * hidden @ weight.T).gather(target)`` and its entropy, in chunks; formula at the top
+    of this file.
 
-    hidden: (..., H), weight: (V, H), both bf16, fp16 or fp32 (one dtype; under autocast both are cast to its dtype). target: (...)
-    int64 or int32. Returns LogProbs(logprobs, entropy or None), fp32 in target's shape; both are 0 (and pass no gradient) where the
-    target is ignore_index: mark prompts and padding so, and they are never multiplied through the head.
-    entropy_gradient: the entropy is differentiable too (costs a recomputation); otherwise it is detached.
-    max_valid, skip_ignored, memory_budget: as linear_cross_entropy; a bound that is too low makes every log-probability NaN.
-    Saved for backward: d logprob / d hidden (frozen head), else the inputs and two fp32 per row.
+    hidden: (..., H), weight: (V, H), both bf16, fp16 or fp32 (one dtype; under autocast both are cast to its dtype).
+    target: (...) int64 or int32. Returns LogProbs(logprobs, entropy or None), fp32 in target's shape; both are 0 (and
+    pass no gradient) where the target is ignore_index: mark prompts and padding so, and they are never multiplied
+    through the head. entropy_gradient: the entropy is differentiable too (costs a recomputation); otherwise it is
+    detached. max_valid, skip_ignored, memory_budget: as linear_cross_entropy; a bound that is too low makes every
+    log-probability NaN. Saved for backward: d logprob / d hidden (frozen head), else the inputs and two fp32 per row.
     A target outside [0, V) gives NaN. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options.
     """
     hidden, weight = autocast_pair(hidden, weight)

@@ -1,12 +1,13 @@
 """NF4 weights (4 bits a value, block scales themselves quantised to 8 bits) to bf16, fp16 or fp32, in one launch.
 
     scale[b] = nested_code[absmax[b]] * nested_absmax[b // nested_blocksize] + nested_offset       (two fp32 roundings)
-    out[i]   = dtype(code[nibble i] * scale[i // blocksize])                                       (one fp32 rounding, one to dtype)
+    out[i]   = dtype(code[nibble i] * scale[i // blocksize])                                       (one fp32 rounding,
+    one to dtype)
 
-Nibble 2k is the high half of byte k, nibble 2k + 1 the low half. Without nested scales, absmax is fp32 and is the scale. The roundings
-are those of bitsandbytes, in its order (multiply and add are kept apart), so results are bit-identical to its dequantize_4bit.
-Format: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, and the documented fields of bitsandbytes' QuantState.
-"""
+Nibble 2k is the high half of byte k, nibble 2k + 1 the low half. Without nested scales, absmax is fp32 and is the
+scale. The roundings are those of bitsandbytes, in its order (multiply and add are kept apart), so results are
+bit-identical to its dequantize_4bit. Format: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, and the
+documented fields of bitsandbytes' QuantState."""
 
 from __future__ import annotations
 
@@ -42,11 +43,11 @@ def _tile(
     BYTES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS quantisation blocks of BYTES bytes from block ``first`` on. EVEN: the tile lies inside the weight, no masks.
+    """BLOCKS quantisation blocks of BYTES bytes from block ``first`` on. EVEN: the tile lies inside the weight, no
+    masks.
 
-    The 16 values are looked up in shared memory (tl.gather), where 16 neighbouring words never conflict; a lookup in device memory would
-    also force the tile through a layout change on its way in and out.
-    """
+    The 16 values are looked up in shared memory (tl.gather), where 16 neighbouring words never conflict; a lookup in
+    device memory would also force the tile through a layout change on its way in and out."""
     row = tl.arange(0, BLOCKS)
     byte = row[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
     at = row[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
@@ -96,17 +97,14 @@ def nf4_dequantize_kernel(
 
 @triton.jit
 def nf4_group_kernel(
-    table_ptr, code_ptr, nested_code_ptr, out_ptr, W,
+    table_ptr, owner_ptr, code_ptr, nested_code_ptr, out_ptr,
     NESTED_BLOCK: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """W weights into one buffer, one after the other. Row w of the table: addresses of packed, absmax, nested absmax and offset, and the
-    number of the weight's first tile.
+    """Several weights into one buffer, one after the other. owner[tile]: the row of the tile's weight in the table.
+    Row: addresses of packed, absmax, nested absmax and offset, and the number of the weight's first tile.
     """
     tile = tl.program_id(0).to(tl.int64)
-    w = 0
-    for i in range(1, W):
-        w += (tile >= tl.load(table_ptr + i * 5 + 4)).to(tl.int32)
-    row_ptr = table_ptr + w * 5
+    row_ptr = table_ptr + tl.load(owner_ptr + tile) * 5
     packed_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.uint8)), 16)
     absmax_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(tl.uint8)), 16)
     nested_absmax_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32))
@@ -180,14 +178,13 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """Dequantises into ``out`` (or a new tensor) and returns it; formula at the top of this file. Not differentiable.
 
-    packed: uint8, ceil(numel / 2) bytes in any shape. absmax: uint8 with the three nested arguments, fp32 without, one per block. code:
-    fp32 (16,). nested_absmax: fp32, one per nested_blocksize blocks; nested_code: fp32 (256,); nested_offset: fp32, one value. All
-    contiguous. In the terms of bitsandbytes' QuantState ``s``: absmax=s.absmax, code=s.code, shape=s.shape, nested_absmax=
-    s.state2.absmax, nested_code=s.state2.code, nested_offset=s.offset, nested_blocksize=s.state2.blocksize.
-    blocksize and nested_blocksize: powers of two. out: contiguous, of ``shape`` and ``dtype``; wholly overwritten, so one scratch buffer
-    serves a model's layers. 64-bit indices: any size. No host wait; can be captured.
-    Raises TypeError and ValueError for wrong dtypes, sizes, devices, strides.
-    """
+    packed: uint8, ceil(numel / 2) bytes in any shape. absmax: uint8 with the three nested arguments, fp32 without,
+    one per block. code: fp32 (16,). nested_absmax: fp32, one per nested_blocksize blocks; nested_code: fp32 (256,);
+    nested_offset: fp32, one value. All contiguous. In the terms of bitsandbytes' QuantState ``s``: absmax=s.absmax,
+    code=s.code, shape=s.shape, nested_absmax= s.state2.absmax, nested_code=s.state2.code, nested_offset=s.offset,
+    nested_blocksize=s.state2.blocksize. blocksize and nested_blocksize: powers of two. out: contiguous, of ``shape``
+    and ``dtype``; wholly overwritten, so one scratch buffer serves a model's layers. 64-bit indices: any size. No
+    host wait; can be captured. Raises TypeError and ValueError for wrong dtypes, sizes, devices, strides."""
     result = torch.empty(tuple(shape), dtype=dtype, device=packed.device) if out is None else out
     nested = (nested_absmax, nested_code, nested_offset)
     _check(packed, absmax, code, nested, result, tuple(shape), dtype, blocksize, nested_blocksize)
@@ -216,7 +213,9 @@ def _check(packed, absmax, code, nested, out, shape, dtype, blocksize, nested_bl
     check_dtype(OP, "packed", packed, {torch.uint8})
     check_dtype(OP, "out", out, FLOATS)
     if out.shape != shape or out.dtype is not dtype:
-        raise ValueError(f"{OP}: out must have shape {shape} and dtype {dtype}; received {tuple(out.shape)} and {out.dtype}")
+        raise ValueError(
+            f"{OP}: out must have shape {shape} and dtype {dtype}; received {tuple(out.shape)} and {out.dtype}"
+        )
     for name, value in (("blocksize", blocksize), ("nested_blocksize", nested_blocksize)):
         if value < 2 or value & (value - 1):
             raise ValueError(f"{OP}: {name} must be a power of two of at least 2; received {value}")
@@ -236,7 +235,8 @@ def _check(packed, absmax, code, nested, out, shape, dtype, blocksize, nested_bl
     for name, tensor, kind, size in wanted:
         if tensor.dtype is not kind or tensor.numel() != size:
             raise ValueError(
-                f"{OP}: {name} must have {size} values of {kind} for shape {shape}; received {tensor.numel()} of {tensor.dtype}"
+                f"{OP}: {name} must have {size} values of {kind} for shape {shape}; "
+                f"received {tensor.numel()} of {tensor.dtype}"
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{OP}: {name} must be contiguous; received strides {tensor.stride()}")

@@ -69,6 +69,8 @@ def _backward_kernel(
         weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32) + offset
     if WEIGHT_GRADIENT:
         total = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
+    else:
+        steps = 1  # one block a program: the loop goes away
     for step in tl.range(0, steps, num_stages=STAGES):
         block = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         row_1d = block * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -12,8 +12,9 @@ SMALLEST_ABSMAX = 1e-37
 
 @dataclass(frozen=True)
 class AdamWState:
-    """What AdamW keeps between steps. 32 bits: exp_avg and exp_avg_sq fp32 (n). 8 bits: uint8 (n) codes of the
-    signed and unsigned ``dynamic_map``, times one absmax (fp32) per 256 values. ``step``: int32 (2): completed steps, and a counter that is 0 between steps.
+    """What AdamW keeps between steps. 32 bits: exp_avg and exp_avg_sq fp32 (n). 8 bits: uint8 (n) codes of the signed
+    and unsigned ``dynamic_map``, times one absmax (fp32) per 256 values. ``step``: int32 (2): completed steps, and a
+    counter that is 0 between steps.
     """
 
     exp_avg: torch.Tensor
@@ -24,9 +25,10 @@ class AdamWState:
 
 
 def dynamic_map(*, signed: bool) -> torch.Tensor:
-    """The 256 values of the 8-bit dynamic type, ascending, fp32: decade i in 0..6 ends at 10^(i - 6) and is cut into 2^i (unsigned:
-    2^(i + 1)) equal cells between a tenth of its end and its end, represented by their middles; plus 0 and 1.
-    Source: Dettmers 2016 (arXiv:1511.04561), Dettmers et al. 2022 (arXiv:2110.02861); equals bitsandbytes' create_dynamic_map.
+    """The 256 values of the 8-bit dynamic type, ascending, fp32: decade i in 0..6 ends at 10^(i - 6) and is cut into
+    2^i (unsigned: 2^(i + 1)) equal cells between a tenth of its end and its end, represented by their middles; plus 0
+    and 1. Source: Dettmers 2016 (arXiv:1511.04561), Dettmers et al. 2022 (arXiv:2110.02861); equals bitsandbytes'
+    create_dynamic_map.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):
@@ -37,7 +39,9 @@ def dynamic_map(*, signed: bool) -> torch.Tensor:
 
 
 def quantize_state(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes uint8, absmax per block) of a flat fp32 tensor: nearest code, but an unsigned value above 0 never becomes 0."""
+    """(codes uint8, absmax per block) of a flat fp32 tensor: nearest code, but an unsigned value above 0 never
+    becomes 0.
+    """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % STATE_BLOCK)).view(-1, STATE_BLOCK)
     absmax = blocks.abs().amax(dim=1)
     relative = blocks / absmax.clamp_min(SMALLEST_ABSMAX)[:, None]

@@ -18,8 +18,12 @@ def scaled_logits(logits: torch.Tensor, logit_scale: float, logit_softcap: float
     return logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap > 0 else z
 
 
-def row_nll(z: torch.Tensor, target: torch.Tensor, *, ignore_index: int, label_smoothing: float, z_loss_weight: float) -> torch.Tensor:
-    """Loss of each row of scaled logits z (N, V); 0 where the target is ignore_index. Raises IndexError for a target outside [0, V)."""
+def row_nll(
+    z: torch.Tensor, target: torch.Tensor, *, ignore_index: int, label_smoothing: float, z_loss_weight: float
+) -> torch.Tensor:
+    """Loss of each row of scaled logits z (N, V); 0 where the target is ignore_index. Raises IndexError for a target
+    outside [0, V).
+    """
     live = target != ignore_index
     safe = torch.where(live, target, 0).long()
     if z.shape[0] and bool(((safe < 0) | (safe >= z.shape[1])).any()):

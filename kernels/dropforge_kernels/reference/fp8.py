@@ -41,13 +41,17 @@ def fp8_quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _codes(x.float(), _spread(amax, x.shape)), _scale(amax)
 
 
-def fp8_dequantize_rows(codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+def fp8_dequantize_rows(
+    codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """As ops.fp8_dequantize_rows."""
     values = (codes.float() * scale[..., None]).to(dtype)
     return values if out is None else out.copy_(values)
 
 
-def fp8_dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+def fp8_dequantize_blocks(
+    codes: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """As ops.fp8_dequantize_blocks."""
     values = (codes.float() * _spread(scale, codes.shape)).to(dtype)
     return values if out is None else out.copy_(values)

@@ -14,8 +14,9 @@ EXPONENT_LIMIT = 20.0
 
 
 class GrpoLoss(NamedTuple):
-    """loss: scalar to differentiate. The rest are detached means over the tokens that count: the KL estimate (0 with beta = 0), and the
-    shares of tokens whose ratio was clipped from below (negative advantage) and from above (positive advantage).
+    """loss: scalar to differentiate. The rest are detached means over the tokens that count: the KL estimate (0 with
+    beta = 0), and the shares of tokens whose ratio was clipped from below (negative advantage) and from above
+    (positive advantage).
     """
 
     loss: torch.Tensor
@@ -69,7 +70,11 @@ def grpo_loss(
     elif loss_type == "dr_grpo":
         loss = per_token.sum() / max(1, logp.shape[0] * max_completion_length)
     else:
-        items = counted if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, dtype=logp.dtype, device=logp.device)
+        items = (
+            counted
+            if num_items_in_batch is None
+            else torch.as_tensor(num_items_in_batch, dtype=logp.dtype, device=logp.device)
+        )
         loss = per_token.sum() / items.reshape(()).clamp_min(1)
     share = counted.clamp_min(1)
     clipped_low = ((ratio < low) & (advantage < 0) & live).sum() / share

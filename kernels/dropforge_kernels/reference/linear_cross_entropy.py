@@ -1,4 +1,6 @@
-"""Cross-entropy of hidden states through a head in plain PyTorch: forms the full logits. See ops/linear_cross_entropy.py."""
+"""Cross-entropy of hidden states through a head in plain PyTorch: forms the full logits. See
+ops/linear_cross_entropy.py.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ from dropforge_kernels.reference.cross_entropy import row_nll, scaled_logits
 
 
 class LogProbs(NamedTuple):
-    """Per token, fp32, in the shape of the targets: log p(target), and the entropy of the distribution (None unless asked for)."""
+    """Per token, fp32, in the shape of the targets: log p(target), and the entropy of the distribution (None unless
+    asked for).
+    """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None

@@ -1,0 +1,130 @@
+"""Specs checked many per child process, so that a flood of files costs one start of Python per batch.
+
+The child answers spec by spec, each under its own limit of CPU time. When one kills it, that spec is checked again in a
+child of its own (which settles its verdict) and the rest goes on in a new batch: a hostile file costs others nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dropforge.errors import SpecError
+from dropforge.files import sha256_bytes
+from dropforge.spec_check import (
+    CPU_SECONDS,
+    MEMORY_BYTES,
+    WALL_SECONDS,
+    CheckedSpec,
+    answer,
+    check_in_child,
+    read_answer,
+)
+
+CheckSpec = Callable[..., CheckedSpec]
+SpecFile = tuple[bytes, str]
+"""Bytes of a spec, and the name whose ending says how to parse it."""
+_COMMAND = (sys.executable, "-P", "-m", "dropforge.daemon.spec_batch")
+
+
+class SpecChecker:
+    """Checks specs, on demand or ahead of it.
+
+    Args:
+        check: replaces the limited children (tests); then nothing is done ahead.
+    """
+
+    def __init__(self, check: CheckSpec = check_in_child) -> None:
+        self._check = check
+        self._ahead: dict[tuple[str, str], CheckedSpec | SpecError] = {}
+
+    def ahead(self, specs: Sequence[SpecFile]) -> None:
+        """Check all of `specs` in one go; the verdicts wait for `check` until the next call of this."""
+        keys = [_key(*spec) for spec in specs]
+        self._ahead = {key: self._ahead[key] for key in keys if key in self._ahead}
+        unknown = [spec for spec, key in zip(specs, keys, strict=True) if key not in self._ahead]
+        if self._check is check_in_child and len(unknown) > 1:
+            verdicts = check_batch(unknown)
+            self._ahead |= {_key(*spec): verdict for spec, verdict in zip(unknown, verdicts, strict=True)}
+
+    def check(self, raw: bytes, *, filename: str) -> CheckedSpec:
+        """Raises SpecError with every problem found."""
+        verdict = self._ahead.get(_key(raw, filename))
+        if verdict is None:
+            return self._check(raw, filename=filename)
+        if isinstance(verdict, SpecError):
+            raise verdict
+        return verdict
+
+
+def check_batch(specs: Sequence[SpecFile], *, wall_seconds: float = WALL_SECONDS) -> list[CheckedSpec | SpecError]:
+    """One verdict per spec, in order, whatever the specs do to the child."""
+    verdicts: list[CheckedSpec | SpecError] = []
+    while len(verdicts) < len(specs):
+        verdicts += [_verdict(value) for value in _ask_child(specs[len(verdicts) :], wall_seconds)]
+        if len(verdicts) < len(specs):
+            verdicts.append(_alone(specs[len(verdicts)]))
+    return verdicts
+
+
+def _ask_child(specs: Sequence[SpecFile], wall_seconds: float) -> list[dict[str, Any]]:
+    """Answers up to the first spec that the child did not survive."""
+    lines = (json.dumps({"raw": base64.b64encode(raw).decode(), "filename": name}) + "\n" for raw, name in specs)
+    with tempfile.TemporaryFile() as questions, tempfile.TemporaryFile() as answers:
+        questions.writelines(line.encode() for line in lines)
+        questions.seek(0)
+        child = subprocess.Popen(
+            _COMMAND, stdin=questions, stdout=answers, stderr=subprocess.DEVNULL, preexec_fn=_limit
+        )
+        try:
+            child.wait(wall_seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        answers.seek(0)
+        return [json.loads(line) for line in answers if line.endswith(b"\n")]
+
+
+def _alone(spec: SpecFile) -> CheckedSpec | SpecError:
+    raw, name = spec
+    try:
+        return check_in_child(raw, filename=name)
+    except SpecError as error:
+        return error
+
+
+def _verdict(value: dict[str, Any]) -> CheckedSpec | SpecError:
+    try:
+        return read_answer(value)
+    except SpecError as error:
+        return error
+
+
+def _key(raw: bytes, filename: str) -> tuple[str, str]:
+    return sha256_bytes(raw), filename
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _child() -> None:
+    for line in sys.stdin:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        allowed = int(usage.ru_utime + usage.ru_stime) + 1 + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.RLIM_INFINITY))
+        question = json.loads(line)
+        said = answer(base64.b64decode(question["raw"]), filename=question["filename"])
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,167 @@
+"""Does a quantised folder hold the merged model? transformers loads it, dequantises it in its own way, and is asked.
+
+Shape legend: T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropforge.errors import ExportError
+from dropforge.export.compare import Agreement, agreement
+from dropforge.export.quantized_folder import LinearLayers
+from dropforge.export.reference import Answer, compute_dtype, quiet_libraries
+from dropforge.export.safetensors_stream import index_folder, read_tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest accepted numbers; measured ones are in docs/guides/exports.md."""
+
+    weight: float
+    """RMS of a matrix's error over the RMS of the matrix."""
+    relative_error: float
+    mean_kl: float
+    bitsandbytes: bool = False
+    """Whose format it is; otherwise compressed-tensors'."""
+
+
+FP8 = Limits(weight=0.04, relative_error=0.4, mean_kl=0.3)
+NF4 = Limits(weight=0.13, relative_error=0.7, mean_kl=0.8, bitsandbytes=True)
+
+
+def verify_quantized(
+    folder: Path, *, source: Path, layers: LinearLayers, answers: list[Answer], limits: Limits
+) -> dict[str, Any]:
+    """All checks; returns the measured numbers. `source` is the merged folder, `answers` are its own.
+
+    Raises ExportError (export-quantize-wrong) with the first difference found.
+    """
+    kept = _compare_kept(folder, source=source, layers=layers)
+    with _loaded(folder, source=source) as (model, loading):
+        if loading:
+            raise _wrong("the quantised folder does not fit its own configuration", why=str(loading)[:500])
+        # In the first forward pass compressed-tensors dequantises its weights, and bitsandbytes rearranges its own.
+        if limits.bitsandbytes:
+            worst = _compare_weights(model, source=source, layers=layers, limits=limits)
+        rows = _logprobs(model, answers)
+        if not limits.bitsandbytes:
+            worst = _compare_weights(model, source=source, layers=layers, limits=limits)
+    close = agreement([answer.logprobs for answer in answers], rows)
+    _check_logits(close, limits)
+    return {
+        "matrices_quantized": len(layers.quantized), "left_in_16_bits": list(layers.kept), "tensors_kept": kept,
+        "worst_weight_error": round(worst[0], 5), "worst_tensor": worst[1], "logits": close.as_dict(),
+    }  # fmt: skip
+
+
+def _compare_kept(folder: Path, *, source: Path, layers: LinearLayers) -> int:
+    """Everything that is not quantised must be the merged tensor, bit for bit; returns how many that are."""
+    import torch
+
+    stored, merged = index_folder(folder), index_folder(source)
+    quantized = {f"{module}.weight" for module in layers.quantized}
+    missing = sorted(set(merged) - set(stored))
+    if missing:
+        raise _wrong("tensors are missing in the quantised folder", why=", ".join(missing[:5]))
+    kept = [name for name in merged if name not in quantized]
+    for name in kept:
+        if not torch.equal(read_tensor(stored[name], name), read_tensor(merged[name], name)):
+            raise _wrong(f"{name} is not the merged tensor", why="it is not quantised, so it must be equal")
+    whole = [name for name in quantized if stored[name].dtype in {"F32", "F16", "BF16"}]
+    if whole:
+        raise _wrong("matrices are not quantised", why=", ".join(sorted(whole)[:5]))
+    return len(kept)
+
+
+@contextmanager
+def _loaded(folder: Path, *, source: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
+    """The folder in transformers on the CPU, and what its loading report lists."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any
+    # compressed-tensors shows progress bars that no setting turns off, and importing it touches what torch has deprecated.
+    with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=compute_dtype(source), device_map={"": "cpu"}, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    model, report = loaded
+    del loaded
+    try:
+        yield model.eval(), {key: sorted(map(str, value)) for key, value in report.items() if value}
+    finally:
+        del model
+        gc.collect()
+
+
+def _logprobs(model: Any, answers: list[Answer]) -> list[Array]:
+    """float32 [T, V] per answer: log-probabilities along the merged model's greedy path."""
+    import torch
+
+    rows = []
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        for answer in answers:
+            ids = torch.tensor([[*answer.prompt, *answer.tokens[:-1]]])
+            logits = model(input_ids=ids).logits[0, len(answer.prompt) - 1 :]
+            rows.append(torch.log_softmax(logits.float(), dim=-1).numpy())
+    return rows
+
+
+def _compare_weights(model: Any, *, source: Path, layers: LinearLayers, limits: Limits) -> tuple[float, str]:
+    """Every quantised matrix as the runtime sees it against the merged one; returns the worst error and its name."""
+    merged = index_folder(source)
+    worst: tuple[float, str] = (0.0, "")
+    for module in layers.quantized:
+        name = f"{module}.weight"
+        truth = read_tensor(merged[name], name).float()
+        mine = _dequantized(model.get_submodule(module), limits)
+        difference, size = float((mine - truth).norm()), float(truth.norm())
+        error = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+        if not error <= limits.weight:
+            raise _wrong(
+                f"{name} is not the merged weight", why=f"off by {error:.4g} of its size, allowed {limits.weight:g}"
+            )
+        worst = max(worst, (error, name))
+    return worst
+
+
+def _dequantized(module: Any, limits: Limits) -> torch.Tensor:
+    """float32 [out, in] of a linear layer."""
+    weight: torch.Tensor = module.weight.data
+    if limits.bitsandbytes:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight, module.weight.quant_state)
+    return weight.float()
+
+
+def _check_logits(close: Agreement, limits: Limits) -> None:
+    if not (close.relative_error <= limits.relative_error and close.mean_kl <= limits.mean_kl):
+        raise _wrong(
+            "the quantised model predicts something else than the merged model",
+            why=f"relative error {close.relative_error:.4g} (allowed {limits.relative_error:g}), "
+            f"mean KL {close.mean_kl:.4g} (allowed {limits.mean_kl:g}) over {close.positions} positions",
+        )
+
+
+def _wrong(what: str, *, why: str) -> ExportError:
+    return ExportError(
+        what, code="export-quantize-wrong", where="export", why=why[:800],
+        fix="use another export meanwhile, and please report this with provenance.json",
+    )  # fmt: skip

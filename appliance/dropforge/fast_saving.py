@@ -1,0 +1,130 @@
+"""Methods of models loaded by FastLanguageModel: merged and GGUF, through the same verified exporters as a job's."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dropforge.errors import CommandError, ExportError, Problem
+from dropforge.export import ExportReport, ExportRequest, export_all
+from dropforge.export_kinds import check_export, normalise_exports
+from dropforge.paths import ResultFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOG = logging.getLogger("dropforge")
+MERGED_METHODS = ("merged_16bit", "lora")
+
+
+def save_pretrained_merged(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    save_method: str = "merged_16bit",
+) -> dict[str, Any]:
+    """Write base and adapter as one 16-bit model (`merged_16bit`), or the adapter alone (`lora`), into a folder.
+
+    The merge is computed in fp32 from the 16-bit base, never from the quantised copy, and compared with the trained
+    model before it is put in place. Returns the numbers of that comparison.
+
+    Raises CommandError api-save-method; ExportError when the comparison fails.
+    """
+    if save_method not in MERGED_METHODS:
+        raise CommandError(
+            f"save_method cannot be {save_method!r}", code="api-save-method", where="save_method",
+            fix=f"one of {', '.join(MERGED_METHODS)}",
+        )  # fmt: skip
+    target = Path(save_directory)
+    if save_method == "lora":
+        self.save_pretrained(target)
+        _tokenizer(self, tokenizer).save_pretrained(target)
+        return {}
+    (report,) = _export(self, tokenizer, kinds=("merged",), target=target)
+    return report.checks
+
+
+def save_pretrained_gguf(
+    self: Any,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization_method: str | list[str] = "q8_0",
+) -> dict[str, Any]:
+    """Write one verified GGUF per method into the folder. Returns path -> numbers of its verification.
+
+    quantization_method: one name or several, as in a job's `gguf:TYPE` (q4_k_m, q8_0, f16 ...). Needs llama.cpp's
+    tools (`make llama`). Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
+    """
+    methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
+    kinds = normalise_exports([f"gguf:{method}" for method in methods])
+    try:
+        for kind in kinds:
+            check_export(kind)
+    except ValueError as error:
+        raise CommandError(str(error), code="api-save-method", where="quantization_method") from error
+    reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory))
+    return {report.path: report.checks for report in reports}
+
+
+def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    from dropforge.fast_language_model import _needed_state
+
+    return given or _needed_state(model).tokenizer
+
+
+def _export(
+    model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], target: Path
+) -> tuple[ExportReport, ...]:
+    """Run the exporters in a scratch folder beside the target, then move what they made into it."""
+    from dropforge.fast_language_model import _needed_state
+
+    state = _needed_state(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".dropforge-", dir=target.parent))
+    try:
+        adapter, full = _save_trained(model, scratch, base=state.source.id)
+        _tokenizer(model, given).save_pretrained(scratch / "tokenizer")
+        slug = re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-") or "model"
+        request = ExportRequest(
+            base_path=state.source.path, tokenizer=scratch / "tokenizer", result=ResultFolder(scratch / "result"),
+            work=scratch / "work", kinds=kinds, name=target.name, slug=slug, model_id=state.source.id,
+            adapter=adapter, full=full,
+        )  # fmt: skip
+        reports = export_all(request, log=lambda text: LOG.info("export: %s", text))
+        for report in reports:
+            if report.problem is not None:
+                raise _as_error(report.problem)
+        target.mkdir(exist_ok=True)
+        for report in reports:
+            made = scratch / "result" / report.path
+            for path in sorted(made.iterdir()) if made.is_dir() else [made]:
+                path.replace(target / path.name)
+        return reports
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _as_error(problem: Problem) -> ExportError:
+    error = ExportError(problem.what, code=problem.code)
+    error.problems = (problem,)
+    return error
+
+
+def _save_trained(model: Any, scratch: Path, *, base: str) -> tuple[Path | None, Path | None]:
+    """(adapter folder, None) or (None, folder of all weights)."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(scratch / "full")
+        return None, scratch / "full"
+    model.save_pretrained(str(scratch / "adapter"))
+    path = scratch / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return scratch / "adapter", None

@@ -1,0 +1,3 @@
+"""One file per model family, named like transformers' model type, with a tuple ``SPECS``."""
+
+from __future__ import annotations

@@ -1,0 +1,160 @@
+"""``patched(model)``: swap the forwards of one model's modules, and give every one of them back.
+
+All claims are collected before the first swap, so a conflict or an unmet requirement under policy "required" leaves the
+model untouched. A swap is an instance attribute ``forward``: classes, state dicts and other models see nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+
+from dropforge_kernels.patch.registry import FAMILIES, select, specs_of
+from dropforge_kernels.patch.report import PatchReport, Skip, Swap
+from dropforge_kernels.patch.spec import Forward, PatchError, PatchSpec
+
+POLICIES = ("auto", "required", "off")
+
+
+class Claim(NamedTuple):
+    """A patch wants this module's forward."""
+
+    path: str
+    module: nn.Module
+    spec: PatchSpec
+
+
+class Session:
+    """An open set of swaps on one model. ``close`` ends it; closing twice is harmless."""
+
+    def __init__(self, report: PatchReport) -> None:
+        self.report = report
+        self.open = True
+        self._undo: list[tuple[str, nn.Module, Forward]] = []
+
+    def swap(self, claim: Claim, forward: Forward) -> None:
+        """Give one instance a new forward that turns into the class's own one when the session closes."""
+        plain = type(claim.module).forward
+
+        # Whoever wraps a forward later (accelerate's autocast, a trainer) keeps hold of this function. After close it
+        # must compute what the class computes; and whoever looks at its signature must find the class's.
+        @functools.wraps(plain)
+        def switched(module: nn.Module, *args: object, **kwargs: object) -> object:
+            return (forward if self.open else plain)(module, *args, **kwargs)
+
+        bound = types.MethodType(switched, claim.module)
+        claim.module.forward = bound
+        self._undo.append((claim.path, claim.module, bound))
+        self.report.swaps.append(
+            Swap(
+                path=claim.path,
+                patch=claim.spec.name,
+                old=f"{type(claim.module).__name__}.forward",
+                new=f"dropforge_kernels.ops.{claim.spec.operation}",
+            )
+        )
+
+    def close(self) -> None:
+        """Restore in reverse. A forward that somebody wrapped meanwhile stays, and is named in the report."""
+        self.open = False
+        while self._undo:
+            path, module, bound = self._undo.pop()
+            if module.__dict__.get("forward") is bound:
+                del module.forward
+            else:
+                self.report.wrapped.append(path)
+
+
+def open_session(
+    model: nn.Module,
+    *,
+    names: Iterable[str] | None = None,
+    policy: str = "auto",
+    specs: tuple[PatchSpec, ...] | None = None,
+) -> Session:
+    """``patched`` for callers that cannot use a with block; they must call ``close``.
+
+    specs: instead of the family's own (tests, experiments). Raises PatchError before anything is swapped.
+    """
+    if policy not in POLICIES:
+        raise PatchError(f"policy must be one of {', '.join(POLICIES)}; received {policy!r}")
+    family = model_family(model)
+    report = PatchReport(family=family, policy=policy)
+    session = Session(report)
+    if policy == "off":
+        return session
+    known = specs_of(family) if specs is None else specs
+    if not known:
+        reason = f"no kernels for the model type {family!r}; known: {', '.join(FAMILIES)}"
+        report.skips.append(Skip(path="", patch="", reason=reason))
+    claims = _collect(model, select(known, names) if known else (), report)
+    if policy == "required" and report.skips:
+        raise PatchError("policy is required, but:\n" + "\n".join(report.lines()))
+    forwards: dict[str, Forward] = {}
+    try:
+        for claim in claims:
+            if claim.spec.name not in forwards:
+                forwards[claim.spec.name] = claim.spec.build(claim.spec.target.forward)
+            session.swap(claim, forwards[claim.spec.name])
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+@contextmanager
+def patched(model: nn.Module, *, names: Iterable[str] | None = None, policy: str = "auto") -> Iterator[PatchReport]:
+    """Runs the block with this library's operations inside ``model``; restores it afterwards, also after an exception.
+
+    model: a transformers causal language model, bare or inside PEFT's wrapper. Open it before the trainer is made.
+    names: patches to use ("rms_norm", "llama.rope", ...); None = every exact one of the model's family.
+    policy: "auto" skips what cannot be swapped and reports why; "required" raises instead; "off" does nothing.
+    Yields the report. While a fused loss is in, a training forward with labels returns ``logits=None``; evaluation and
+    calls without labels compute them as always.
+
+    Raises PatchError: unknown policy or name; two patches that claim one module; a skip under "required".
+    """
+    session = open_session(model, names=names, policy=policy)
+    try:
+        yield session.report
+    finally:
+        session.close()
+
+
+def model_family(model: nn.Module) -> str:
+    """transformers' model type, of the text part where there are several; "unknown" for other modules."""
+    config = getattr(model, "config", None)
+    return str(getattr(config, "model_type", None) or "unknown")
+
+
+def _collect(model: nn.Module, specs: tuple[PatchSpec, ...], report: PatchReport) -> list[Claim]:
+    claims: dict[int, Claim] = {}
+    for spec in specs:
+        found = False
+        for path, module in spec.targets(model):
+            found = True
+            reason = _taken(module) or spec.obstacle(module)
+            if reason is not None:
+                report.skips.append(Skip(path=path, patch=spec.name, reason=reason))
+                continue
+            other = claims.get(id(module))
+            if other is not None:
+                raise PatchError(f"{other.spec.name} and {spec.name} both claim {path}.forward; name only one of them")
+            claims[id(module)] = Claim(path, module, spec)
+        if not found:
+            reason = f"the model has no {spec.target.__name__}"
+            report.skips.append(Skip(path="", patch=spec.name, reason=reason))
+    return list(claims.values())
+
+
+def _taken(module: nn.Module) -> str | None:
+    current = module.__dict__.get("forward")
+    if current is None:
+        return None
+    owner = getattr(current, "__module__", None) or type(current).__name__
+    return f"its forward was already replaced by {owner}; open the session before that"

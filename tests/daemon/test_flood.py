@@ -1,0 +1,161 @@
+"""Thousands of files at once: many specs per child, good ones first, nothing searched file by file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from daemon_harness import FAKE_RUNNER, drop, places, spec_text, ticket
+from dropforge.daemon import spec_batch
+from dropforge.daemon.loop import Daemon, DaemonOptions
+from dropforge.daemon.query import list_jobs
+from dropforge.daemon.queue import TicketBook, put
+from dropforge.daemon.spec_batch import SpecChecker, check_batch
+from dropforge.daemon.watcher import SettleTracker, look
+from dropforge.errors import SpecError
+from dropforge.paths import DataRoot
+from dropforge.spec_check import CheckedSpec, check_in_child
+from dropforge.states import State
+
+GOOD = spec_text().encode()
+BAD = spec_text(extra="nonsense: 1\n").encode()
+
+
+def bad_text(number: int) -> str:
+    return spec_text(f"bad-{number}", extra="nonsense: 1\n")
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of specs given to each child for many."""
+    asked: list[int] = []
+    real = spec_batch._ask_child
+    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: asked.append(len(specs)) or real(specs, wall))
+    return asked
+
+
+def test_one_child_gives_the_verdicts_that_single_children_give(children: list[int]) -> None:
+    first, second, third = check_batch([(GOOD, "a.yaml"), (BAD, "b.yaml"), (b"{}", "c.json")])
+    assert first == check_in_child(GOOD, filename="a.yaml")
+    for verdict, (raw, name) in zip((second, third), ((BAD, "b.yaml"), (b"{}", "c.json")), strict=True):
+        assert isinstance(verdict, SpecError)
+        with pytest.raises(SpecError) as alone:
+            check_in_child(raw, filename=name)
+        assert verdict.problems == alone.value.problems
+    assert children == [3]
+
+
+KILLER = """
+import os, signal, sys
+from dropforge import spec_check
+from dropforge.daemon import spec_batch
+real = spec_check.answer
+def answer(raw, *, filename):
+    if b"killer" in raw: os.kill(os.getpid(), signal.SIGSEGV)
+    if b"sleeper" in raw: __import__("time").sleep(60)
+    return real(raw, filename=filename)
+spec_batch.answer = answer
+spec_batch._child()
+"""
+
+
+@pytest.mark.parametrize("word", ["killer", "sleeper"])
+def test_a_hostile_file_costs_no_other_its_verdict(monkeypatch: pytest.MonkeyPatch, children, word: str) -> None:
+    monkeypatch.setattr(spec_batch, "_COMMAND", (sys.executable, "-P", "-c", KILLER))
+    alone: list[str] = []
+
+    def refuse(raw: bytes, *, filename: str) -> CheckedSpec:
+        alone.append(filename)
+        raise SpecError("hostile", code="spec-hostile")
+
+    monkeypatch.setattr(spec_batch, "check_in_child", refuse)
+    specs = [(GOOD, "1.yaml"), (f"# {word}\n".encode() + GOOD, "2.yaml"), (GOOD, "3.yaml"), (BAD, "4.yaml")]
+    verdicts = check_batch(specs, wall_seconds=5.0)
+    assert [isinstance(verdict, CheckedSpec) for verdict in verdicts] == [True, False, True, False]
+    assert alone == ["2.yaml"]
+    assert children == [4, 2]
+
+
+def test_verdicts_made_ahead_are_used_and_others_are_made_when_asked(children: list[int]) -> None:
+    checker = SpecChecker()
+    checker.ahead([(GOOD, "a.yaml"), (BAD, "b.yaml")])
+    assert checker.check(GOOD, filename="a.yaml").spec.name == "job"
+    with pytest.raises(SpecError):
+        checker.check(BAD, filename="b.yaml")
+    changed = GOOD.replace(b"name: job", b"name: other")  # the file was written again in between
+    assert checker.check(changed, filename="a.yaml").spec.name == "other"
+    checker.ahead([(GOOD, "a.yaml"), (BAD, "b.yaml")])
+    assert children == [2], "known verdicts are not made again"
+
+
+def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_with(root: DataRoot) -> None:
+    for number in range(300):
+        drop(root, f"{number:03}.yaml", bad_text(number))
+    drop(root, "zz-good.yaml", spec_text("good"))
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    now = 0.0
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: now) as daemon:
+        for _ in range(2):
+            now += 0.1
+            daemon.tick(now)
+        assert places(root).get("running"), "found in the first look that could take anything"
+        rejected = len(list(root.rejected.iterdir()))
+        assert rejected < 300, "rejecting all of them came second"
+        while len(list(root.rejected.iterdir())) < 300:
+            now += 0.1
+            daemon.tick(now)
+        assert list(root.inbox.glob("*.yaml")) == []
+
+
+def test_a_look_at_10_000_files_is_fast(root: DataRoot) -> None:
+    for number in range(10_000):
+        (root.inbox / f"{number}.yaml").write_bytes(GOOD)
+    tracker = SettleTracker(root, settle_seconds=5)
+    times = []
+    for now in range(3):
+        began = time.process_time()
+        ready = tracker.update(look(root), now=now * 6.0)
+        times.append(time.process_time() - began)
+    assert len(ready) == 10_000
+    assert min(times) < 0.2, times
+
+
+def test_equal_content_is_found_as_long_as_one_such_job_lives(root: DataRoot) -> None:
+    book = TicketBook(root)
+    for number in (1, 2):
+        book.add("queue", ticket(number, digest="same"))
+        put(root, "queue", ticket(number, digest="same"))
+    book.move(ticket(2).id, source="queue", state=State.SUCCEEDED)
+    assert book.with_digest("same") == ticket(1, digest="same")
+    book.move(ticket(1).id, source="queue", state=State.SUCCEEDED)
+    assert book.with_digest("same") is None
+
+
+def test_the_status_page_reads_only_the_latest_rejections(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dropforge.daemon import rejection
+
+    for number in range(1, 40):
+        folder = root.rejected / f"{number:06}-x-00000000"
+        folder.mkdir()
+        (folder / "error.json").write_text(f'{{"id": "{folder.name}", "file": "x", "problems": []}}')
+    read: list[Path] = []
+    real = rejection.read_json
+    monkeypatch.setattr(rejection, "read_json", lambda path: read.append(path) or real(path))
+    assert [job.seq for job in list_jobs(root, ended=20)] == list(range(20, 40))
+    assert len(read) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["0.yaml", "zz.yaml"])
+def test_one_good_file_among_10_000_starts_within_a_minute(root: DataRoot, place: str) -> None:
+    for number in range(1, 10_000):
+        drop(root, f"{number}.yaml", bad_text(number))
+    drop(root, place, spec_text("good"))
+    began = time.monotonic()
+    with Daemon(root, options=DaemonOptions(warm=False), runner_command=FAKE_RUNNER) as daemon:
+        daemon.run(until=lambda: bool(places(root).keys() & {"running", "done"}))
+    took = time.monotonic() - began
+    print(f"started after {took:.1f} s")
+    assert took < 60
