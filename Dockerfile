@@ -26,9 +26,8 @@ RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,target=/var/lib/apt,sharing=locked \
     --mount=type=bind,source=docker/system-packages.sh,target=/tmp/system-packages.sh \
     sh /tmp/system-packages.sh "${VARIANT}"
-RUN --mount=type=bind,source=docker/local,target=/local \
-    find /local/certs -name '*.crt' -exec cp {} /usr/local/share/ca-certificates/ \; 2>/dev/null || true; \
-    update-ca-certificates
+RUN --mount=type=bind,source=docker/local/certs,target=/local/certs \
+    find /local/certs -name '*.crt' -exec cp {} /usr/local/share/ca-certificates/ \; && update-ca-certificates
 
 # --- Python and the locked packages --------------------------------------------------------------------------------------
 FROM system AS python
@@ -37,14 +36,14 @@ ARG TORCH_CPU=torch==2.13.0
 ARG TORCH_PIP_ARGS=
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
-    --mount=type=bind,source=docker/local,target=/local \
+    --mount=type=bind,source=docker/local/wheels,target=/local/wheels \
     --mount=type=bind,source=docker/install-torch.sh,target=/tmp/install-torch.sh \
     --mount=type=bind,source=docker/pip.sh,target=/tmp/pip.sh \
     python3 -m venv /opt/venv && sh /tmp/install-torch.sh "${VARIANT}" "${TORCH_CPU}" "${TORCH_PIP_ARGS}"
 COPY docker/image-${VARIANT}.lock /opt/dropforge/image.lock
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
-    --mount=type=bind,source=docker/local,target=/local \
+    --mount=type=bind,source=docker/local/wheels,target=/local/wheels \
     --mount=type=bind,source=docker/pip.sh,target=/tmp/pip.sh \
     sh /tmp/pip.sh install --quiet --require-hashes --no-deps -r /opt/dropforge/image.lock
 

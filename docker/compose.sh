@@ -18,7 +18,7 @@ up() {
 	for _ in {1..120}; do
 		log=$("$docker" logs dropforge 2>&1)
 		if [[ $log == *"=== Dropforge "* && $log == *$'\n'==========* ]]; then
-			sed -n '/=== Dropforge /,$p' <<<"$log"
+			sed -n '/^=== Dropforge /,/^=\{60,\}$/p' <<<"$log"
 			return
 		fi
 		if [[ $("$docker" inspect -f '{{.State.Status}}{{.RestartCount}}' dropforge) != running0 ]]; then

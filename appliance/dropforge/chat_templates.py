@@ -48,7 +48,7 @@ def standardize_sharegpt(dataset: Dataset, *, column: str = "conversations") -> 
         return {column: [_turn(turn, index) for turn in row[column]]}
 
     features = dataset.map(convert, with_indices=True, remove_columns=[column], desc="role and content")
-    return features.select_columns([name for name in dataset.column_names])
+    return features.select_columns(list(dataset.column_names))
 
 
 def _turn(turn: dict[str, Any], row: int) -> dict[str, str]:

@@ -9,6 +9,8 @@ GGUF_TYPES = (
     "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_l", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs",
     "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq1_0", "tq2_0",
 )  # fmt: skip
+# These lose too much without an importance matrix; llama.cpp refuses them.
+GGUF_NEEDS_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"})
 GGUF_ALIASES = {
     "not_quantized": "f16",
     "fast_quantized": "q8_0",

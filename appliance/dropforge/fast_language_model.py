@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropforge.errors import CommandError
+from pydantic import ValidationError
+
+from dropforge.errors import CommandError, ModelError
 from dropforge.fast_checks import check_dtype, check_length, check_modules, check_precision, check_same_architecture
-from dropforge.models.source import ModelSource, resolve_model
+from dropforge.models.builtin import BUILTIN_PREFIX
+from dropforge.models.source import HUB_FILES, HUB_IGNORED, ModelSource, resolve_model
 from dropforge.paths import DataRoot
 from dropforge.settings import settings
 from dropforge.spec import ModelSpec
@@ -166,7 +169,7 @@ class FastLanguageModel:
         from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
         from transformers import set_seed
 
-        state = _needed_state(model)
+        state = needed_state(model)
         if max_seq_length is not None:
             state.max_seq_length = min(state.max_seq_length, max_seq_length)
         state.checkpointing = bool(use_gradient_checkpointing)
@@ -191,13 +194,16 @@ class FastLanguageModel:
             loftq_config=dict(loftq_config or {}), use_dora=use_dora, task_type=task_type,
         )  # fmt: skip
         wrapped: Any = get_peft_model(model, config)
+        if state.source.kind == "hub":
+            # PEFT would record the folder of the download, which is of no use on another machine.
+            wrapped.peft_config["default"].base_model_name_or_path = state.source.id
         _give_methods(wrapped)
         return FastLanguageModel.for_training(wrapped)
 
     @staticmethod
     def for_training(model: PreTrainedModel, use_gradient_checkpointing: bool | str | None = None) -> PreTrainedModel:
         """Training mode: layers recomputed as asked, no cache, kernels swapped in. Returns the model itself."""
-        state = _needed_state(model)
+        state = needed_state(model)
         if use_gradient_checkpointing is not None:
             state.checkpointing = bool(use_gradient_checkpointing)
         model.train()
@@ -213,10 +219,11 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: PreTrainedModel) -> PreTrainedModel:
-        """Evaluation mode: cache on, nothing recomputed, left padding, kernels out. Returns the model itself."""
-        state = _needed_state(model)
+        """Evaluation mode: cache on, nothing recomputed, left padding, transformers' own code. Returns the model."""
+        state = needed_state(model)
         if state.session is not None:
-            state.session.close()
+            # Not closed: a trainer may have wrapped a forward meanwhile, and then it could not be swapped again.
+            state.session.pause()
         model.eval()
         model.gradient_checkpointing_disable()
         model.config.use_cache = True
@@ -232,7 +239,7 @@ def _check_kernels(kernels: str) -> None:
         )  # fmt: skip
 
 
-def _needed_state(model: Any) -> ModelState:
+def needed_state(model: Any) -> ModelState:
     state = state_of(model)
     if state is None:
         raise CommandError(
@@ -245,14 +252,20 @@ def _needed_state(model: Any) -> ModelState:
 
 def _open_session(model: PreTrainedModel, state: ModelState) -> None:
     from dropforge_kernels.patch.session import open_session
+    from dropforge_kernels.patch.spec import PatchError
 
-    if state.session is not None:
-        if state.session.open:
-            return
+    if state.session is not None and state.session.resume():
+        return
     on_gpu = next(model.parameters()).is_cuda
     # On a CPU the operations are plain PyTorch too, so swapping gains nothing; "required" is for tests and the curious.
     policy = state.kernels if on_gpu or state.kernels == "required" else "off"
-    state.session = open_session(model, policy=policy)
+    try:
+        state.session = open_session(model, policy=policy)
+    except PatchError as error:
+        raise ModelError(
+            "this model cannot run on the kernels alone", code="api-kernels-required", where="kernels", why=str(error),
+            fix="kernels='auto' uses them where they fit",
+        ) from error  # fmt: skip
     for line in state.session.report.lines():
         LOG.info("%s", line)
 
@@ -266,13 +279,34 @@ def _source(name: str, *, revision: str | None, remote_code: bool, offline: bool
         _check_files(source, remote_code=remote_code)
         return source
     root = DataRoot(settings().data_root)
-    spec = ModelSpec(id=name, revision=revision, remote_code=remote_code)
-    if token is None:
-        return resolve_model(spec, root=root, offline=offline)
-    import huggingface_hub
-
-    huggingface_hub.login(token=token, add_to_git_credential=False)
+    try:
+        spec = ModelSpec(id=name, revision=revision, remote_code=remote_code)
+    except ValidationError as error:
+        raise ModelError(
+            f"there is no model {name!r}", code="model-unknown", where="model_name",
+            why=f"it is no folder, and as a hub id it is not valid: {error.errors()[0]['msg']}",
+            fix="write org/name, an existing folder, or builtin:tiny-llama",
+        ) from error  # fmt: skip
+    if token is not None and not offline and not name.startswith(BUILTIN_PREFIX):
+        _fetch(spec, root=root, token=token)
     return resolve_model(spec, root=root, offline=offline)
+
+
+def _fetch(spec: ModelSpec, *, root: DataRoot, token: str) -> None:
+    """Download with a token that is used once and written nowhere; `resolve_model` then finds the files."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        snapshot_download(
+            spec.id, revision=spec.revision, cache_dir=root.cache / "hub", token=token,
+            allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_IGNORED),
+        )  # fmt: skip
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise ModelError(
+            f"the hub does not give out {spec.id}", code="model-auth", where="model_name, token",
+            why=str(error).splitlines()[0], fix="accept the model's terms on its page, and check the token",
+        ) from error  # fmt: skip
 
 
 def _adapter_folder(name: str) -> Path | None:

@@ -55,7 +55,7 @@ def save_pretrained_gguf(
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: str | list[str] = "q8_0",
 ) -> dict[str, Any]:
-    """Write one verified GGUF per method into the folder. Returns path -> numbers of its verification.
+    """Write one verified GGUF per method into the folder. Returns file name -> numbers of its verification.
 
     quantization_method: one name or several, as in a job's `gguf:TYPE` (q4_k_m, q8_0, f16 ...). Needs llama.cpp's
     tools (`make llama`). Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
@@ -68,22 +68,22 @@ def save_pretrained_gguf(
     except ValueError as error:
         raise CommandError(str(error), code="api-save-method", where="quantization_method") from error
     reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory))
-    return {report.path: report.checks for report in reports}
+    return {Path(report.path).name: report.checks for report in reports}
 
 
 def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    from dropforge.fast_language_model import _needed_state
+    from dropforge.fast_language_model import needed_state
 
-    return given or _needed_state(model).tokenizer
+    return given or needed_state(model).tokenizer
 
 
 def _export(
     model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], target: Path
 ) -> tuple[ExportReport, ...]:
     """Run the exporters in a scratch folder beside the target, then move what they made into it."""
-    from dropforge.fast_language_model import _needed_state
+    from dropforge.fast_language_model import needed_state
 
-    state = _needed_state(model)
+    state = needed_state(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".dropforge-", dir=target.parent))
     try:

@@ -18,6 +18,8 @@ from dropforge.checkpoints import CheckpointStore
 from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
+from dropforge.export.base_license import license_of
+from dropforge.export.samples import read_samples, write_samples
 from dropforge.facts import data_facts, model_facts
 from dropforge.files import TEMPORARY_PREFIX, read_json, rename_folder, write_json, write_text
 from dropforge.hardware import GIB, probe
@@ -83,6 +85,7 @@ def train(
 
     from dropforge.data import prepare_data
     from dropforge.models.load import attach_adapter, load_model, save_trained
+    from dropforge.models.plain_lora import initial_pairs
     from dropforge.models.tokenizer import load_tokenizer
     from dropforge.recipes import recipe
     from dropforge.recipes.inputs import TrainingInputs
@@ -103,6 +106,7 @@ def train(
     stop.raise_if_requested()
     model = load_model(source, plan=plan, vocab_size=len(tokenizer))
     model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.device == "cuda")
+    initial = initial_pairs(model, init=spec.adapter.init_lora_weights)
     seconds["preparing"] = time.monotonic() - started
 
     log.state(State.TRAINING)
@@ -117,7 +121,7 @@ def train(
     temporary = run.path / f"{TEMPORARY_PREFIX}trained"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    save_trained(model, tokenizer, adapter=spec.adapter, source=source, folder=temporary)
+    save_trained(model, tokenizer, adapter=spec.adapter, source=source, folder=temporary, initial=initial)
     record = TrainingRecord(
         plan=plan.as_dict(),
         summary=asdict(summary),
@@ -125,6 +129,7 @@ def train(
         template=asdict(template),
         seconds=dict(seconds),
     )
+    write_samples(data.train, temporary)
     write_json(temporary / "record.json", json.loads(json.dumps(asdict(record))))
     rename_folder(temporary, run.trained)
     log.event("trained", steps=summary.steps, loss=summary.train_loss)
@@ -152,6 +157,8 @@ def export(
         work=run.path / "export",
         system=spec.data.system or training_record(run).data["system"],
         model_id=source.id,
+        license=license_of(source.path),
+        samples=read_samples(run.trained),
     )
     made = {report.kind: report for report in export_all(request, log=lambda text: log.event("export", text=text))}
     shutil.rmtree(request.work, ignore_errors=True)

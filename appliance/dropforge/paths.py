@@ -115,6 +115,11 @@ class ResultFolder:
         return self.path / "merged_4bit"
 
     @property
+    def lora_gguf(self) -> Path:
+        """Apart from gguf/, because what lies there is a whole model."""
+        return self.path / "lora_gguf"
+
+    @property
     def modelfile(self) -> Path:
         return self.path / "Modelfile"
 

@@ -14,10 +14,8 @@ METHODS = {
 QUANTIZATIONS = {"none": "0.1", "nf4": "0.1", "int8": "0.2", "fp8": "0.2", "mxfp4": "0.3"}
 EXPORTS = {
     "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1", "fp8": "0.1", "merged_4bit": "0.1",
-    "lora_gguf": "0.2", "torchao": "0.3", "executorch": "0.3",
+    "lora_gguf": "0.1", "torchao": "0.3", "executorch": "0.3",
 }  # fmt: skip
-# These lose too much without an importance matrix; llama.cpp refuses them.
-GGUF_NEEDS_IMATRIX = frozenset({"iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"})
 FORMATS = {"preference": "0.3", "prompt": "0.4"}
 CURRENT = "0.1"
 
@@ -33,8 +31,9 @@ def not_yet(spec: Spec) -> list[Problem]:
         asked.append(("data.format", spec.data.format, FORMATS.get(spec.data.format, CURRENT)))
     if spec.data.packing is True:
         asked.append(("data.packing", "true", "0.2"))
-    if spec.adapter.init_lora_weights in ("loftq", "pissa", "olora"):
-        # They change the base weights too, which the merge does not undo yet.
+    init = spec.adapter.init_lora_weights
+    if init == "loftq" or (init in ("pissa", "olora") and spec.model.quantization != "none"):
+        # They change the base weights; only of weights that are not quantised can that be undone exactly.
         asked.append(("adapter.init_lora_weights", spec.adapter.init_lora_weights, "0.2"))
     if spec.model.remote_code:
         asked.append(("model.remote_code", "true", "0.2"))
@@ -59,7 +58,7 @@ def not_yet(spec: Spec) -> list[Problem]:
 
 def _export_release(entry: str) -> str:
     kind, _, detail = entry.partition(":")
-    return "0.2" if detail in GGUF_NEEDS_IMATRIX or detail == "q2_k_l" else EXPORTS[kind]
+    return "0.2" if detail == "q2_k_l" else EXPORTS[kind]
 
 
 def _instead(where: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -27,9 +27,15 @@ class Settings:
     grace_seconds: float
     """DROPFORGE_GRACE_SECONDS: how long a job may take to save its checkpoint when it is stopped."""
     stall_seconds: float
-    """DROPFORGE_STALL_SECONDS: training without a step for so long, and for 20 times the job's slowest, is stopped; 0: never."""
+    """DROPFORGE_STALL_SECONDS: training stops after so long without a step, or 20 times its slowest; 0: never."""
     memory_floor_mib: float
     """DROPFORGE_MEMORY_FLOOR_MIB: the largest job is stopped when less memory than this is left; 0: never."""
+    metrics_port: int
+    """DROPFORGE_METRICS_PORT: the daemon's numbers for Prometheus on http://127.0.0.1:PORT/metrics; 0: off."""
+    notify_url: str = field(repr=False)
+    """DROPFORGE_NOTIFY_URL: where the daemon tells of ended jobs; default: the content of secrets/NOTIFY_URL."""
+    notify_format: str
+    """DROPFORGE_NOTIFY_FORMAT: webhook (JSON) or ntfy."""
 
 
 def _read() -> Settings:
@@ -47,11 +53,14 @@ def _read() -> Settings:
         settle_seconds=_number("DROPFORGE_SETTLE_SECONDS", 5.0),
         grace_seconds=_number("DROPFORGE_GRACE_SECONDS", 120.0),
         stall_seconds=_number("DROPFORGE_STALL_SECONDS", 1800.0),
-        memory_floor_mib=_number("DROPFORGE_MEMORY_FLOOR_MIB", 512.0, unit="MiB"),
+        memory_floor_mib=_number("DROPFORGE_MEMORY_FLOOR_MIB", 512.0, unit="a number of MiB"),
+        metrics_port=int(_number("DROPFORGE_METRICS_PORT", 0, unit="the number of a port")),
+        notify_url=env.get("DROPFORGE_NOTIFY_URL") or "",
+        notify_format=env.get("DROPFORGE_NOTIFY_FORMAT") or "webhook",
     )
 
 
-def _number(name: str, default: float, *, unit: str = "seconds") -> float:
+def _number(name: str, default: float, *, unit: str = "a number of seconds") -> float:
     from dropforge.errors import EnvironmentFault
 
     text = os.environ.get(name)
@@ -63,7 +72,7 @@ def _number(name: str, default: float, *, unit: str = "seconds") -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise EnvironmentFault(
-            f"{name} must be a number of {unit}, not {text!r}",
+            f"{name} must be {unit}, not {text!r}",
             code="setting-invalid",
             where=f"environment variable {name}",
             fix=f"unset it, or set it to a number such as {default:g}",

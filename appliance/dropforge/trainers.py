@@ -111,8 +111,11 @@ class SFTTrainer(trl.SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's own loss where this library's fused one is in it, and on a CPU, where TRL's cannot run."""
-        if self.args.device.type == "cpu" or self._has_our_loss():
+        """The model's loss where this library's fused one is in it, and on a CPU, where TRL's fused head cannot run.
+
+        Evaluation on a GPU takes TRL's, which does not form the logits either.
+        """
+        if self.args.device.type == "cpu" or (model.training and self._has_our_loss()):
             inputs = {**inputs, "use_cache": False}
             return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -120,7 +123,8 @@ class SFTTrainer(trl.SFTTrainer):
     def _has_our_loss(self) -> bool:
         state = state_of(self.model)
         session = state.session if state else None
-        if session is None or not session.open or self.args.loss_type != "nll" or self.label_smoother is not None:
+        config: Any = self.args
+        if session is None or not session.open or config.loss_type != "nll" or self.label_smoother is not None:
             return False
         return any(swap.patch.endswith(".linear_cross_entropy") for swap in session.report.swaps)
 

@@ -234,7 +234,7 @@ def run(engines: Iterable[str], ops: list[str], commit: str, out: Path, limit_s:
     out.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         for engine in engines:

@@ -10,6 +10,7 @@ The job reads its behaviour from the spec's name: `steps-20 delay-50 ...` (lette
     stuck-at-N     makes no further step after step N, in this attempt; only once with `once`
     offline        fails for lack of a network; only in the first attempt with `once`
     lose-gpu       raises what the CUDA driver says about a lost device
+    full-at-N      meets a full disk at step N, after half a checkpoint; only in the first attempt with `once`
     partial        ends partial
     disk           fails for lack of disk
     deaf           ignores SIGTERM
@@ -19,6 +20,7 @@ The job reads its behaviour from the spec's name: `steps-20 delay-50 ...` (lette
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -60,7 +62,8 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
     stop.raise_if_requested()
     log.state(State.TRAINING)
     stuck_at = number("stuck-at", -1) if attempt == 1 or "-once-" not in words else -1
-    train(run, log, stop, number, stuck_at)
+    full_at = number("full-at", -1) if attempt == 1 or "-once-" not in words else -1
+    train(run, log, stop, number, stuck_at, full_at)
     if "-partial-" in words:
         return State.PARTIAL
     log.state(State.EXPORTING)
@@ -68,7 +71,7 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
     return State.SUCCEEDED
 
 
-def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int) -> None:
+def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int, full_at: int) -> None:
     """`sum` is the model: it depends on every step, so a lost or doubled step shows."""
     store = CheckpointStore(run.checkpoints)
     run.checkpoints.mkdir(exist_ok=True)
@@ -95,6 +98,10 @@ def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int) 
         log.metrics(step=step, loss=1.0 / step)
         if step == number("fail-at", -1):
             raise TrainingError("the loss became nan", code="train-nan", reason=Reason.NAN_LOSS, fix="lower the rate")
+        if step == full_at:
+            store.clean()
+            write_text(store.partial / "half", "x")
+            raise OSError(errno.ENOSPC, "No space left on device")
         if step == number("crash-at", -1):
             raise RuntimeError("a bug in the job")
         if step == number("segv-at", -1):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from daemon_harness import ticket
-from dropforge.daemon.scheduler import Waiting, schedule
+from dropforge.daemon.scheduler import AGEING_SECONDS, Ages, Waiting, schedule
 
 GPUS = ("GPU-a", "GPU-b", "GPU-c")
 
@@ -57,3 +57,41 @@ def test_a_job_that_rests_after_a_fault_steps_aside_and_says_for_how_long() -> N
     assert [t.seq for t, _ in plan.starts] == [2]
     assert [(t.seq, w.kind) for t, w in plan.waiting] == [(1, "backoff")]
     assert "42 s" in plan.waiting[0][1].text
+
+
+def test_waiting_gains_a_point_every_half_hour_so_nothing_starves() -> None:
+    ages = Ages()
+    old, new = ticket(1, priority=40), ticket(2, priority=50)
+    assert ages.points([old], now=0.0) == {old.id: 0}
+    assert starts(old, new, ages=ages.points([old, new], now=9 * AGEING_SECONDS)) == [(2, ("cpu",))]
+    points = ages.points([old, new], now=10 * AGEING_SECONDS)
+    assert points == {old.id: 10, new.id: 1}
+    assert starts(old, new, ages=points) == [(2, ("cpu",))]
+    assert starts(old, ticket(3, priority=50), ages=points) == [(1, ("cpu",))], "equal points: who came first"
+    assert ages.points([new], now=11 * AGEING_SECONDS).keys() == {new.id}
+    assert ages.points([old], now=11 * AGEING_SECONDS) == {old.id: 0}, "it had its turn in between"
+
+
+def backfills(small, *, busy: dict[str, float | None], head: int = 2) -> bool:
+    plan = schedule([ticket(1, gpus=head), small], gpus=GPUS, busy=busy, busy_for=busy)
+    return [t.seq for t, _ in plan.starts] == [small.seq]
+
+
+def test_a_small_job_passes_a_waiting_large_one_only_when_it_ends_before_it_could_start() -> None:
+    busy: dict[str, float | None] = {"GPU-a": 600.0, "GPU-b": 900.0}
+    assert backfills(ticket(2, time_limit=600.0), busy=busy)
+    assert not backfills(ticket(2, time_limit=601.0), busy=busy)
+    assert not backfills(ticket(2), busy=busy)
+    assert backfills(ticket(2, time_limit=900.0), busy=busy, head=3)
+    assert not backfills(ticket(2, time_limit=10.0, gpus=2), busy=busy), "only one slot is free"
+    assert not backfills(ticket(2, time_limit=10.0), busy={**busy, "GPU-a": None}), "nobody knows when"
+
+
+def test_slots_the_head_will_not_need_are_given_to_anybody_once() -> None:
+    busy: dict[str, float | None] = {"GPU-a": 600.0, "GPU-b": 600.0}
+    plan = schedule([ticket(1, gpus=2), ticket(2), ticket(3)], gpus=GPUS, busy=busy, busy_for=busy)
+    assert [(t.seq, slots) for t, slots in plan.starts] == [(2, ("GPU-c",))]
+    both = {"GPU-a": 600.0, "GPU-b": 600.0, "GPU-c": 600.0}
+    four = (*GPUS, "GPU-d", "GPU-e")
+    plan = schedule([ticket(1, gpus=4), ticket(2), ticket(3)], gpus=four, busy=both, busy_for=both)
+    assert [t.seq for t, _ in plan.starts] == [2], "five slots at the time, four for the head: one to spare"

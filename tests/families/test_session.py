@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite")
 
 
 def outputs(model, batch):

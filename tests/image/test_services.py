@@ -233,6 +233,14 @@ def test_ssh_refuses_passwords_other_keys_root_and_tunnels(running: Container, s
     assert tunnel.returncode != 0 and "administratively prohibited" in tunnel.stderr
 
 
+def test_exec_as_root_hands_on_no_secret_and_sessions_may_change_settings(running: Container, ssh_key: Path) -> None:
+    environment = running.exec("dropforge-shell", "env")
+    assert "DROPFORGE_DATA=/workspace/work" in environment.splitlines()
+    assert not [name for name, canary in CANARIES.items() if canary in environment or f"{name}=" in environment]
+    changed = ssh(running, ssh_key, "mkdir -p /tmp/other; DROPFORGE_DATA=/tmp/other dropforge status")
+    assert "drop a spec into /tmp/other/inbox" in changed.stdout
+
+
 def test_sudo_works_with_the_password_only(running: Container) -> None:
     right = CANARIES["USER_PASSWORD"] + "\n"
     assert running.exec("dropforge-shell", "sudo", "-kS", "-p", "", "id", "-u", input=right).strip() == "0"

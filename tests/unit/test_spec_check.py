@@ -162,6 +162,7 @@ def test_dangerous_models_are_refused(model):
     [
         ("method: dpo", "0.3"), ("method: grpo", "0.4"), ("report_to: [wandb]", "0.2"), ("data: {train: x, packing: true}", "0.2"),
         ("publish: {hub: {repo: a/b}}", "0.2"), ("resources: {gpus: 2}", "0.3"), ("train: {on_oom: shrink}", "0.2"),
+        ("adapter: {init_lora_weights: loftq}", "0.2"),
     ],
 )  # fmt: skip
 def test_what_comes_later_names_its_release(line, release):
@@ -169,6 +170,16 @@ def test_what_comes_later_names_its_release(line, release):
     (found,) = problems(text.replace("export:", f"{line}\nexport:"))
     assert found.code == "not-in-this-release"
     assert f"release {release}" in found.what
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_change_the_base_need_plain_weights(init):
+    line = f"adapter: {{init_lora_weights: {init}}}\nexport:"
+    assert read(MINIMAL.replace("export:", line)).spec.adapter.init_lora_weights == init
+    quantized = MINIMAL.replace("builtin:tiny-llama", "{id: a/b, quantization: nf4}").replace("export:", line)
+    assert [(found.code, found.where) for found in problems(quantized)] == [
+        ("not-in-this-release", "adapter.init_lora_weights")
+    ]
 
 
 @pytest.mark.parametrize(("entry", "code"), [("torchao", "not-in-this-release"), ("fp8:x", "spec-value"), ("gguf:iq1_s", "not-in-this-release"),

@@ -34,6 +34,9 @@ def daemon_options(root: DataRoot, *, warm: bool = True) -> DaemonOptions:
         grace_seconds=chosen.grace_seconds,
         stall_seconds=chosen.stall_seconds,
         memory_floor=int(chosen.memory_floor_mib * (1 << 20)),
+        metrics_port=chosen.metrics_port,
+        notify_url=chosen.notify_url,
+        notify_format=chosen.notify_format,
         warm=warm,
         gpus=tuple(gpu.uuid for gpu in probe(root.path).gpus),
     )

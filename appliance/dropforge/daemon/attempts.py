@@ -49,6 +49,10 @@ class AttemptEnd:
     """True when the runner wrote no exit.json: killed, crashed, or the machine went down."""
     with_daemon: bool = False
     """True when the daemon had gone down too, which is no sign against the job."""
+    no_space: bool = False
+    """True when the disk became full while it ran."""
+    freed: int = 0
+    """Bytes it then gave back by itself."""
 
     def as_json(self) -> dict[str, Any]:
         return {"schema": 1, **asdict(self)}
@@ -65,6 +69,8 @@ class AttemptEnd:
             progress=Progress(**value.get("progress", {})),
             died=bool(value.get("died", False)),
             with_daemon=bool(value.get("with_daemon", False)),
+            no_space=bool(value.get("no_space", False)),
+            freed=int(value.get("freed", 0)),
         )
 
 

@@ -12,25 +12,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
 from dropforge.daemon import attempts
 from dropforge.daemon.attempts import AttemptEnd
+from dropforge.daemon.backfill import slots_busy_for
 from dropforge.daemon.control import Switch, is_on, set_switch
 from dropforge.daemon.crash_points import CrashHook, ignore
+from dropforge.daemon.disk import DiskWatch
 from dropforge.daemon.faults import Faults
 from dropforge.daemon.guards import Guards
 from dropforge.daemon.hints import Hints
 from dropforge.daemon.intake import CheckSpec, Intake
-from dropforge.daemon.memory_watch import MemoryWatch
+from dropforge.daemon.memory_watch import MemoryWatch, available_bytes
+from dropforge.daemon.metrics_page import MetricsServer, Numbers, as_text
+from dropforge.daemon.notify import Notifier, message_about
 from dropforge.daemon.orders import Orders
-from dropforge.daemon.queue import Ticket, TicketBook
+from dropforge.daemon.query import read_status
+from dropforge.daemon.queue import LIVE_FOLDERS, Ticket, TicketBook
 from dropforge.daemon.reception import Reception
 from dropforge.daemon.recover import recover
-from dropforge.daemon.scheduler import Schedule, Waiting, schedule
+from dropforge.daemon.rests import Rests
+from dropforge.daemon.scheduler import Ages, Schedule, Waiting, schedule
 from dropforge.daemon.signals import on_stop_signals
 from dropforge.daemon.singleton import HEARTBEAT_SECONDS, Singleton, write_heartbeat
 from dropforge.daemon.stalls import StallWatch
@@ -67,6 +74,11 @@ class DaemonOptions:
     """So long without a step is never a stall; 0: no watch."""
     memory_floor: int = 0
     """Bytes of memory that jobs must leave; 0: no watch."""
+    metrics_port: int = 0
+    """Port on loopback for Prometheus; 0: off."""
+    notify_url: str = ""
+    """Where ended jobs are told; empty: secrets/NOTIFY_URL, else nowhere."""
+    notify_format: str = "webhook"
     only_file: str = ""
     """Take and run only the job dropped under this name; everything else stays where it is (`dropforge run`)."""
 
@@ -104,11 +116,16 @@ class Daemon:
                                     only_file=options.only_file)  # fmt: skip
         self._guards = Guards(root, self._worker, stalls=StallWatch(floor=options.stall_seconds),
                               memory=MemoryWatch(floor=options.memory_floor))  # fmt: skip
+        self._notifier = Notifier(root, url=options.notify_url, form=options.notify_format)
+        self._metrics = MetricsServer(port=options.metrics_port)
+        self._counts: Counter[str] = Counter()
+        self._ages = Ages()
+        self._busy_for: Mapping[str, float | None] = {}
         self._schedule = Schedule(starts=(), waiting=())
         self._ended: list[Ended] = []
         self._noted: dict[str, str] = {}
-        self._rest_until: dict[str, float] = {}
-        """Jobs that wait before a further try. Kept in memory: a new daemon tries at once."""
+        self._disk = DiskWatch(root)
+        self._rests = Rests(root, self._disk)
         self._stop = threading.Event()
         self._kill = self._flood = False
         self._next_look = self._next_page = self._next_beat = float("-inf")
@@ -123,6 +140,7 @@ class Daemon:
             self._hints.__exit__(None, None, None)
             self._lock.__exit__()
             raise
+        self._faults.guard("metrics", self._metrics.start, now=self._clock())
         log.info("serving %s", self.root.path, extra={"action": "start"})
         return self
 
@@ -134,6 +152,8 @@ class Daemon:
         self._collect(now)
         self._faults.guard("STATUS.md", lambda: self._write_pages("stopped"), now=now)
         self._faults.guard("state/daemon.json", lambda: self._beat("stopped"), now=now)
+        self._metrics.stop()
+        self._notifier.close()
         self._hints.__exit__(kind, error, trace)
         self._lock.__exit__(kind, error, trace)
         log.info("stopped", extra={"action": "stop"})
@@ -162,9 +182,11 @@ class Daemon:
         if now >= self._next_look:
             self._next_look = now + self.options.poll_seconds
             self._faults.expire(now)
+            self._faults.guard("the disk", self._disk.look, now=now)
             self._faults.guard("the queue folders", self._orders.refresh, now=now)
             self._faults.guard("control/", lambda: self._orders.obey(now=now), now=now)
             self._faults.guard("inbox/", lambda: self._receive(now), now=now)
+            self._busy_for = slots_busy_for(self.root, self._worker.running)
             self._faults.guard("stalls", lambda: self._guards.look_for_stalls(now), now=now)
         self._faults.guard("memory", lambda: self._guards.look_at_memory(now), now=now)
         self._faults.guard("time limits", lambda: self._guards.enforce_time_limits(now), now=now)
@@ -200,21 +222,24 @@ class Daemon:
 
     def _finish(self, ended: Ended, now: float) -> None:
         verdict = self._transitions.finish(ended.ticket, ended.attempt, ended.end)
-        if verdict.delay:
-            self._rest_until[ended.ticket.id] = now + verdict.delay
+        self._rests.begin(ended, verdict, now=now)
+        self._counts[verdict.state] += 1
+        if verdict.state.ended or verdict.state is State.HELD:
+            self._notifier.tell(message_about(self.root, ended.ticket, verdict))
         log.info("%s: %s %s", ended.ticket.id, verdict.state, verdict.message, extra={"action": "ended"})
 
     def _start_jobs(self, now: float) -> None:
         queued = self._book.tickets("queue")
         if self.options.only_file:
             queued = [ticket for ticket in queued if ticket.file == self.options.only_file]
-        self._rest_until = {job_id: until for job_id, until in self._rest_until.items() if now < until}
-        resting = {
-            job_id: Waiting(kind="backoff", text=f"tried again in {until - now:.0f} s after a fault that may pass")
-            for job_id, until in self._rest_until.items()
-        }
         self._schedule = schedule(
-            queued, gpus=self.options.gpus, busy=self._worker.busy_slots, blocked=self._blocked(), resting=resting
+            queued,
+            gpus=self.options.gpus,
+            busy=self._worker.busy_slots,
+            blocked=self._blocked(),
+            resting=self._rests.waiting(now),
+            ages=self._ages.points(queued, now=now),
+            busy_for=self._busy_for,
         )
         for ticket, slots in self._schedule.starts:
             what = f"starting {ticket.id}"
@@ -255,6 +280,8 @@ class Daemon:
             return Waiting(kind="pause", text="the daemon drains (control/drain): nothing new is started")
         if is_on(self.root, Switch.PAUSE):
             return Waiting(kind="pause", text="paused (control/pause)")
+        if self._disk.low:
+            return Waiting(kind="disk", text=self._disk.text)
         return Waiting(kind="memory", text=self._guards.memory.text) if self._guards.memory.low else None
 
     def _mode(self) -> str:
@@ -286,8 +313,18 @@ class Daemon:
         self._kill = True
 
     def _write_pages(self, mode: str) -> None:
+        if self._metrics.on:
+            self._metrics.page = as_text(self._numbers())
         write_pages(self.root, daemon=mode, problems=self._faults.messages, inbox=self._reception.entries,
                     waiting=self._schedule.waiting)  # fmt: skip
+
+    def _numbers(self) -> Numbers:
+        running = [read_status(self.root.run(job.ticket.id)) for job in self._worker.running]
+        return Numbers(
+            jobs={folder: len(self._book.tickets(folder)) for folder in LIVE_FOLDERS}, ended=self._counts,
+            inbox=len(self._reception.entries), problems=len(self._faults.messages), disk_free=self._disk.free,
+            memory_available=available_bytes(), running=running,
+        )  # fmt: skip
 
     def _beat(self, mode: str) -> None:
         write_heartbeat(

@@ -23,15 +23,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from dropforge.daemon import attempts, process
 from dropforge.daemon.attempts import AttemptEnd
+from dropforge.daemon.disk import make_room, with_reserve
 from dropforge.daemon.lease import Lease
-from dropforge.daemon.unexpected import end_of_unexpected
+from dropforge.daemon.unexpected import end_of_unexpected, no_space_in
 from dropforge.errors import DropforgeError, JobStopped, Reason
 from dropforge.events import RunLog
 from dropforge.paths import DataRoot, RunFolder
@@ -124,19 +126,17 @@ def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> Atte
             state = (job or _real_job())(run, root=root, attempt=assignment.attempt, log=log, stop=stop)
             end = _end_of_partial(log) if state is State.PARTIAL else AttemptEnd(state=state)
         except DropforgeError as error:
-            end = _end_of(error)
+            end = end_of_unexpected(error) if no_space_in(error) else _end_of(error)
         except Exception as error:  # noqa: BLE001  (the edge of the process: every fault must reach exit.json)
             traceback.print_exc()
             end = end_of_unexpected(error)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        log.flush()
-        end = AttemptEnd(
-            state=end.state, reason=end.reason, message=end.message, problems=end.problems,
-            seconds=round(time.monotonic() - started, 3), progress=attempts.progress(run),
-        )  # fmt: skip
-        attempts.write_end(run, assignment.attempt, end)
+        freed = make_room(run) if end.no_space else 0
+        with_reserve(root, log.flush)
+        end = replace(end, freed=freed, seconds=round(time.monotonic() - started, 3), progress=attempts.progress(run))
+        with_reserve(root, partial(attempts.write_end, run, assignment.attempt, end))
     return end
 
 

@@ -1,7 +1,8 @@
 """Which queued job starts next, and what each of the others waits for. Pure: lists in, decisions out.
 
-Highest priority first, then order of acceptance. A slot is one GPU; a machine without GPUs has one slot, its CPU. The
-job at the head is never overtaken by a smaller one, so that large jobs do not starve; one that cannot fit steps aside.
+Highest priority first, one point more for every half hour of waiting, then order of acceptance. A slot is one GPU; a
+machine without GPUs has one slot, its CPU. The job at the head is overtaken only by jobs that cannot delay it
+(backfill.py), so that large jobs do not starve; one that can never fit steps aside.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from dropforge.daemon.backfill import Reservation, reserve
 from dropforge.daemon.queue import Ticket
 
 CPU_SLOT = "cpu"
+AGEING_SECONDS = 1800.0
+_NO_AGES: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +36,29 @@ class Schedule:
     """Everybody else, in the order in which they will start."""
 
 
-def in_order(queued: Sequence[Ticket]) -> list[Ticket]:
-    return sorted(queued, key=lambda ticket: (-ticket.priority, ticket.seq))
+class Ages:
+    """How many points of priority each queued job has gained by waiting, counted while this daemon runs."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def points(self, queued: Sequence[Ticket], *, now: float) -> Mapping[str, int]:
+        self._since = {ticket.id: self._since.get(ticket.id, now) for ticket in queued}
+        return {job_id: int((now - since) // AGEING_SECONDS) for job_id, since in self._since.items()}
+
+
+def in_order(queued: Sequence[Ticket], *, ages: Mapping[str, int] = _NO_AGES) -> list[Ticket]:
+    return sorted(queued, key=lambda ticket: (-ticket.priority - ages.get(ticket.id, 0), ticket.seq))
 
 
 _NOBODY: Mapping[str, Waiting] = MappingProxyType({})
+_NO_ENDS: Mapping[str, float | None] = MappingProxyType({})
 
 
 def schedule(
     queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[str], 
     blocked: Waiting | None = None, resting: Mapping[str, Waiting] = _NOBODY,
+    ages: Mapping[str, int] = _NO_AGES, busy_for: Mapping[str, float | None] = _NO_ENDS,
 ) -> Schedule:  # fmt: skip
     """Decide.
 
@@ -50,13 +67,16 @@ def schedule(
         busy: slots taken by running jobs.
         blocked: why nothing may start (pause, drain, no memory), None otherwise.
         resting: why single jobs (by id) may not start yet; they step aside.
+        ages: points of priority gained by waiting, by id.
+        busy_for: seconds until a busy slot is free; absent or None where nobody knows.
     """
     slots = tuple(gpus) or (CPU_SLOT,)
     free = [slot for slot in slots if slot not in busy]
     starts: list[tuple[Ticket, tuple[str, ...]]] = []
     waiting: list[tuple[Ticket, Waiting]] = []
-    head: Ticket | None = None
-    for ticket in in_order(queued):
+    behind: Waiting | None = None
+    reservation: Reservation | None = None
+    for ticket in in_order(queued, ages=ages):
         wanted = len(slots) if ticket.gpus == "all" else int(ticket.gpus)
         if blocked is not None:
             waiting.append((ticket, blocked))
@@ -65,15 +85,21 @@ def schedule(
         elif wanted > len(slots):
             has = f"{len(gpus)} GPU{'s' if len(gpus) != 1 else ''}"
             waiting.append((ticket, Waiting(kind="gpu", text=f"asks for {wanted} GPUs, this machine has {has}")))
-        elif head is not None:
-            waiting.append((ticket, Waiting(kind="priority", text=f"{head.id} and others stand before it")))
-        elif wanted > len(free):
-            head = ticket
+        elif behind is None and wanted > len(free):
+            behind = Waiting(kind="priority", text=f"{ticket.id} and others stand before it")
+            taken = [busy_for.get(slot) for slot in slots if slot not in free]
+            reservation = reserve(wanted, free=len(free), busy_for=taken)
             waiting.append((ticket, Waiting(kind="slot", text=_slot_text(wanted, len(free), gpus))))
+        elif behind is not None and not _passes(ticket, wanted, len(free), reservation):
+            waiting.append((ticket, behind))
         else:
             starts.append((ticket, tuple(free[:wanted])))
             free = free[wanted:]
     return Schedule(starts=tuple(starts), waiting=tuple(waiting))
+
+
+def _passes(ticket: Ticket, wanted: int, free: int, reservation: Reservation | None) -> bool:
+    return wanted <= free and reservation is not None and reservation.lets_pass(ticket, wanted=wanted)
 
 
 def _slot_text(wanted: int, free: int, gpus: Sequence[str]) -> str:

@@ -16,12 +16,15 @@ TIMES_THE_SLOWEST = 20.0
 """A stall is this many times the longest gap between two steps of this attempt."""
 FIRST_STEP_FACTOR = 2.0
 """The first step compiles and allocates, and there is nothing to compare it with: so many times the floor."""
+FROZEN_SECONDS = 60.0
+"""Nobody looked for so long: the container was paused or the machine slept, and the job with it: not counted."""
 
 
 @dataclass
 class _Pace:
     step: int
     since: float
+    seen: float
     slowest: float | None = None
 
 
@@ -49,8 +52,11 @@ class StallWatch:
         return self.observe(run.id, attempt, step=step if type(step) is int else 0, now=now)
 
     def observe(self, job_id: str, attempt: int, *, step: int, now: float) -> float | None:
-        """`look`, with the step that was read."""
-        pace = self._paces.setdefault((job_id, attempt), _Pace(step=step, since=now))
+        """`look`, with the step that was read. To be called at least every FROZEN_SECONDS."""
+        pace = self._paces.setdefault((job_id, attempt), _Pace(step=step, since=now, seen=now))
+        if now - pace.seen > FROZEN_SECONDS:
+            pace.since += now - pace.seen
+        pace.seen = now
         waited = now - pace.since
         if step != pace.step:
             steps = max(step - pace.step, 1)  # several steps between two looks: their mean

@@ -31,15 +31,15 @@ WHAT_TO_DO_ABOUT = {
         "`retry`, or use a folder in `models/`."
     ),
     Reason.REMOTE_CODE: "The model brings its own Python code, which runs only with your approval.",
-    Reason.DISK: "Free the space that the message names, then `retry`.",
+    Reason.DISK: "Free space: a queued job then goes on by itself, a held one after `retry`; the message has numbers.",
     Reason.OOM_GPU: "The GPU's memory was full: a smaller batch, a shorter `max_seq_length`, or nf4.",
     Reason.OOM_HOST: (
         "The machine's memory was full: the kernel ended the job, or the daemon did before the machine froze "
         "(`DROPFORGE_MEMORY_FLOOR_MIB`). Same remedies, or more memory; `retry` resumes."
     ),
     Reason.GPU_LOST: (
-        "The GPU vanished from the driver. Two further tries follow by themselves; after that, look at `nvidia-smi` and "
-        "the kernel log, then `retry`."
+        "The GPU vanished from the driver. Two further tries follow by themselves; after that, look at "
+        "`nvidia-smi` and the kernel log, then `retry`."
     ),
     Reason.NAN_LOSS: "The loss became NaN: lower `learning_rate`, look at the rows near that step.",
     Reason.STALLED: (

@@ -21,7 +21,7 @@ def end_of_unexpected(error: Exception) -> AttemptEnd:
     """How an attempt ended that raised `error`."""
     text = f"{type(error).__name__}: {error}"
     if no_space_in(error):
-        return AttemptEnd(state=State.FAILED, reason=Reason.DISK, message=f"the disk is full: {text}")
+        return AttemptEnd(state=State.FAILED, reason=Reason.DISK, message=f"the disk is full: {text}", no_space=True)
     if isinstance(error, MemoryError):
         return AttemptEnd(state=State.FAILED, reason=Reason.OOM_HOST, message="the machine's memory is full")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, named because this file must start without torch

@@ -48,6 +48,10 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
     last = ends[-1]
     if last.state in (State.FAILED, State.INTERRUPTED) and last.reason in RETRIED_REASONS and asked in _NOT_A_PERSON:
         return _try_again(ends)
+    if last.no_space and last.state is State.FAILED and asked is None:
+        return Verdict(
+            state=State.INTERRUPTED, reason=Reason.DISK, message=f"{last.message}; goes on when there is room"
+        )
     if last.state is State.FAILED and last.reason in HELD_REASONS:
         return Verdict(state=State.HELD, reason=last.reason, message=last.message)
     if last.state is not State.INTERRUPTED:
@@ -61,8 +65,8 @@ def judge(ends: Sequence[AttemptEnd], *, asked: Reason | None) -> Verdict:
                        message="the time limit of the job (resources.time_limit) is used up")  # fmt: skip
     if asked is Reason.OOM_HOST:
         return Verdict(state=State.FAILED, reason=Reason.OOM_HOST,
-                       message="the machine was about to run out of memory, so the largest job was stopped; use a smaller "
-                               "batch, a shorter max_seq_length or a quantized model. `retry` resumes it")  # fmt: skip
+                       message="the machine was about to run out of memory, so the largest job was stopped; use a "
+                               "smaller batch, a shorter max_seq_length or nf4. `retry` resumes it")  # fmt: skip
     if not last.died or asked is Reason.SHUTDOWN:
         return Verdict(state=State.INTERRUPTED, reason=last.reason or Reason.SHUTDOWN,
                        message="stopped with the daemon; resumes by itself")  # fmt: skip

@@ -97,6 +97,7 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
     from dropforge.export.export_adapter import export_adapter
     from dropforge.export.export_fp8 import export_fp8
     from dropforge.export.export_gguf import export_gguf
+    from dropforge.export.export_lora_gguf import export_lora_gguf
     from dropforge.export.export_merged import export_merged
     from dropforge.export.export_merged_4bit import export_merged_4bit
     from dropforge.export.export_ollama import export_ollama
@@ -112,6 +113,8 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
         return export_fp8(stage, folder, detail)
     if name == "gguf":
         return export_gguf(stage, folder, detail)
+    if name == "lora_gguf":
+        return export_lora_gguf(stage, folder)
     if name == "ollama":
         return export_ollama(stage, folder)
     raise ExportError(f"this release cannot export {kind}", code="export-unknown", where="export")
@@ -123,6 +126,8 @@ def _target(request: ExportRequest, kind: str, made: Path) -> Path:
         "adapter": result.adapter, "merged": result.merged, "fp8": result.fp8, "fp8:block": result.fp8_block,
         "merged_4bit": result.merged_4bit, "ollama": result.modelfile,
     }  # fmt: skip
+    if kind == "lora_gguf":
+        return result.lora_gguf / made.name
     return places.get(kind) or result.gguf / made.name
 
 

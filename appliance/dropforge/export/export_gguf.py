@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dropforge.export.request import Made
 from dropforge.export.stage import Stage
@@ -12,6 +13,7 @@ from dropforge.export.verify_gguf import verify_gguf
 from dropforge.export.verify_weights import compare_weights
 from dropforge.llama_cpp.quantize import quantize
 from dropforge.llama_cpp.server import usable_threads
+from dropforge.export_kinds import GGUF_NEEDS_IMATRIX
 
 
 def gguf_name(slug: str, gguf_type: str) -> str:
@@ -24,11 +26,17 @@ def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
     base = stage.base_gguf
     path = folder / gguf_name(stage.request.slug, gguf_type)
     fallbacks = 0
+    more: dict[str, Any] = {}
     if gguf_type == base.gguf_type:
         os.link(base.path, path)
     else:
         stage.log(f"quantising to {gguf_type}")
-        fallbacks = quantize(base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads())
+        imatrix = None
+        if gguf_type in GGUF_NEEDS_IMATRIX:
+            imatrix, more["imatrix_tokens"] = stage.imatrix
+        fallbacks = quantize(
+            base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads(), imatrix=imatrix
+        )
     stage.log(f"verifying {path.name}")
     checks = dict(base.checks)
     if gguf_type != base.gguf_type:
@@ -36,4 +44,4 @@ def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
     checks |= compare_weights(path, source=base.path)
     if fallbacks:
         checks["tensors_stored_larger"] = fallbacks
-    return Made(path=path, checks={**checks, **asdict(base.conversion)})
+    return Made(path=path, checks={**checks, **more, **asdict(base.conversion)})

@@ -1,4 +1,4 @@
-"""Export `merged_4bit`: the merged model in NF4 (Dettmers et al., QLoRA, 2023), as transformers and bitsandbytes load it.
+"""Export `merged_4bit`: the merged model in NF4 (Dettmers et al., QLoRA, 2023), for transformers and bitsandbytes.
 
 Every matrix is cut into blocks of 64 values with one scale each; the scales are quantised to 8 bits themselves.
 """

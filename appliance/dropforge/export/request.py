@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import DropforgeError, Problem
+from dropforge.export.samples import TrainingRow
 from dropforge.paths import ResultFolder
 
 Message = dict[str, str]
@@ -38,8 +39,8 @@ class ExportRequest:
     system: str | None = None
     """System message for the Modelfile."""
     license: str = ""
-    samples: tuple[tuple[Message, ...], ...] = ()
-    """Conversations from the data; the verification asks the first turns of the first few of them too."""
+    samples: tuple[TrainingRow, ...] = ()
+    """First rows of the training data; the verification asks the prompts of some of them too."""
 
     def __post_init__(self) -> None:
         assert (self.adapter is None) != (self.full is None), "give either adapter or full"

@@ -13,10 +13,11 @@ from typing import Any
 from dropforge.errors import DropforgeError
 from dropforge.export.chat_format import render, stops, token_ids, turn_end
 from dropforge.export.go_template import OllamaTemplate, ollama_template
+from dropforge.export.imatrix import write_imatrix
 from dropforge.export.merge import merge
 from dropforge.export.probes import ANSWERED, TEXTS
 from dropforge.export.reference import Answer
-from dropforge.export.request import ExportRequest, Message
+from dropforge.export.request import ExportRequest
 from dropforge.export.tokenizer_files import is_sentencepiece, set_eos, space_prefix, write_tokenizer
 from dropforge.export.verify_gguf import Expected, verify_gguf
 from dropforge.export.verify_merged import VerifiedMerge, verify_merged
@@ -24,7 +25,9 @@ from dropforge.files import read_json, write_json, write_text
 from dropforge.llama_cpp.convert import Conversion, convert
 from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
 
-SAMPLES = 4
+SAMPLES = 2
+SAMPLE_TOKENS = 256
+"""So many prompts of the training data are asked, each cut to so many tokens: the check stays short."""
 # Characters no chat template holds: 150 of them put the text more than 100 edits away from every template Ollama knows,
 # so that it cannot choose a wrong one by likeness and runs the template in the file instead.
 GUARD = "{#" + "\u203b" * 150 + "#}"
@@ -50,6 +53,17 @@ class BaseGguf:
     expected: Expected
     checks: dict[str, Any]
     """Its own verification, with the strict bounds of 16 bits: what is made from it starts right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufInputs:
+    """What every conversion to GGUF takes: the folder as the converter must see it, and what the file must then do."""
+
+    view: Path
+    flags: dict[str, bool]
+    gguf_type: str
+    """16-bit type of the merged weights."""
+    expected: Expected
 
 
 class Stage:
@@ -103,17 +117,38 @@ class Stage:
         return result
 
     @property
+    def gguf_inputs(self) -> GgufInputs:
+        result: GgufInputs = self._once("gguf inputs", self._gguf_inputs)
+        return result
+
+    @property
     def base_gguf(self) -> BaseGguf:
         result: BaseGguf = self._once("base gguf", self._convert)
         return result
 
+    @property
+    def imatrix(self) -> tuple[Path, int]:
+        """The importance matrix of the training rows, and how many tokens they are."""
+        result: tuple[Path, int] = self._once("imatrix", self._imatrix)
+        return result
+
+    def _imatrix(self) -> tuple[Path, int]:
+        target = self.request.work / "imatrix.gguf"
+        self.log("computing the importance matrix from the training data")
+        tokens = write_imatrix(
+            self.merged.folder, self.request.samples, gguf=self.base_gguf.path, target=target
+        )
+        return target, tokens
+
     def prompts(self) -> list[list[int]]:
-        """Token ids of what the model is asked: built-in prompts, then the first turns of samples of the data."""
-        conversations = [*ANSWERED, *(_question(sample) for sample in self.request.samples[:SAMPLES])]
+        """Token ids of what the model is asked: built-in prompts, then prompts of the training data."""
         if self.tokenizer.chat_template is None:
-            return [token_ids(self.tokenizer, text) for text in TEXTS[-4:]]
-        texts = [render(self.tokenizer, messages) for messages in conversations if messages]
-        return [token_ids(self.tokenizer, text) for text in texts if text]
+            texts: list[str | None] = list(TEXTS[-4:])
+        else:
+            texts = [render(self.tokenizer, messages) for messages in ANSWERED]
+        asked = [row.ids[: row.prompt][:SAMPLE_TOKENS] for row in self.request.samples if row.prompt]
+        distinct = [list(ids) for ids in dict.fromkeys(asked)]
+        return [*(token_ids(self.tokenizer, text) for text in texts if text), *distinct[:SAMPLES]]
 
     def _merge(self) -> Merged:
         request = self.request
@@ -130,26 +165,31 @@ class Stage:
         checks = {**asdict(report), **verified.checks, "repairs": repairs}
         return Merged(folder=folder, checks=checks, answers=verified.answers, dtype=report.dtype)
 
-    def _convert(self) -> BaseGguf:
-        merged, request = self.merged, self.request
+    def _gguf_inputs(self) -> GgufInputs:
         template = self._file_template()
         view = self._converter_view(template)
         definition = read_json(view / "tokenizer.json")
         prefix = space_prefix(definition) if is_sentencepiece(definition) else "never"
-        gguf_type = {"float16": "f16", "bfloat16": "bf16"}[merged.dtype]
+        expected = Expected(
+            tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=self.merged.answers,
+            texts=self._texts(prefix),
+        )  # fmt: skip
+        gguf_type = {"float16": "f16", "bfloat16": "bf16"}[self.merged.dtype]
+        return GgufInputs(view=view, flags=self._flags(definition, prefix), gguf_type=gguf_type, expected=expected)
+
+    def _convert(self) -> BaseGguf:
+        inputs, request = self.gguf_inputs, self.request
+        gguf_type = inputs.gguf_type
         target = request.work / f"base-{gguf_type}.gguf"
         self.log(f"converting to GGUF ({gguf_type})")
         conversion = convert(
-            view, target, gguf_type=gguf_type, name=request.name, tools=self.tools,
-            flags=self._flags(definition, prefix),
-        )  # fmt: skip
-        expected = Expected(
-            tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=merged.answers,
-            texts=self._texts(prefix),
-        )  # fmt: skip
+            inputs.view, target, gguf_type=gguf_type, name=request.name, tools=self.tools, flags=inputs.flags
+        )
         self.log(f"comparing the GGUF ({gguf_type}) with the merged model")
-        checks = verify_gguf(target, gguf_type=gguf_type, expected=expected, tools=self.tools)
-        return BaseGguf(path=target, gguf_type=gguf_type, conversion=conversion, expected=expected, checks=checks)
+        checks = verify_gguf(target, gguf_type=gguf_type, expected=inputs.expected, tools=self.tools)
+        return BaseGguf(
+            path=target, gguf_type=gguf_type, conversion=conversion, expected=inputs.expected, checks=checks
+        )
 
     def _flags(self, definition: dict[str, Any], prefix: str) -> dict[str, bool]:
         """Metadata that must follow from how the chat template uses the vocabulary."""
@@ -206,14 +246,6 @@ class Stage:
         if template is None or self.ollama_template.text is not None:
             return template
         return template + GUARD
-
-
-def _question(sample: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The conversation up to its first user turn."""
-    for index, message in enumerate(sample):
-        if message["role"] == "user":
-            return sample[: index + 1]
-    return ()
 
 
 def _fresh(folder: Path) -> Path:

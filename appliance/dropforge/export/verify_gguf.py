@@ -40,12 +40,14 @@ class Expected:
     """Plain texts that must be cut alike too."""
 
 
-def verify_gguf(path: Path, *, gguf_type: str, expected: Expected, tools: LlamaCpp) -> dict[str, Any]:
-    """All checks of one file; returns the measured numbers.
+def verify_gguf(
+    path: Path, *, gguf_type: str, expected: Expected, tools: LlamaCpp, lora: Path | None = None
+) -> dict[str, Any]:
+    """All checks of one file, with the adapter `lora` applied at run time if given; returns the measured numbers.
 
     Raises ExportError: gguf-load, gguf-metadata, gguf-tokens, gguf-template, gguf-logits, gguf-text.
     """
-    with LlamaServer(path, tools=tools, exact=True, context=CONTEXT) as server:
+    with LlamaServer(path, tools=tools, exact=True, context=CONTEXT, lora=lora) as server:
         _check_metadata(server, expected, path.name)
         conversations = _check_conversations(server, expected, path.name)
         texts = _check_texts(server, expected, path.name)

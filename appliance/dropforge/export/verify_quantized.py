@@ -94,7 +94,7 @@ def _loaded(folder: Path, *, source: Path) -> Iterator[tuple[Any, dict[str, list
     from transformers import AutoModelForCausalLM
 
     loaded: Any
-    # compressed-tensors shows progress bars that no setting turns off, and importing it touches what torch has deprecated.
+    # compressed-tensors shows progress bars that no setting turns off, and its import touches what torch deprecates.
     with quiet_libraries(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         loaded = AutoModelForCausalLM.from_pretrained(

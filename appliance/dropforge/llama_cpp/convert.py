@@ -13,6 +13,10 @@ from dropforge.llama_cpp.locate import LlamaCpp
 
 CONVERTER_TYPES = ("f32", "f16", "bf16")
 REPORT_MARK = "dropforge-convert: "
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1",
+}  # fmt: skip
+"""Environment of the converters: no network, no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +46,7 @@ def convert(
         what=f"llama.cpp's converter could not read {folder.name}",
         code="export-convert",
         fix="if llama.cpp does not support the architecture, leave gguf and ollama out of `export`",
-        env={
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
+        env=OFFLINE,
     )  # fmt: skip
     lines = [line for line in output.splitlines() if line.startswith(REPORT_MARK)]
     report = json.loads(lines[-1].removeprefix(REPORT_MARK)) if lines else {}

@@ -11,14 +11,17 @@ from dropforge.llama_cpp.locate import LlamaCpp
 _FALLBACKS = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
 
 
-def quantize(source: Path, target: Path, *, gguf_type: str, tools: LlamaCpp, threads: int) -> int:
+def quantize(
+    source: Path, target: Path, *, gguf_type: str, tools: LlamaCpp, threads: int, imatrix: Path | None = None
+) -> int:
     """Write `target` as `gguf_type` (a name such as q4_k_m) from the f32, f16 or bf16 file `source`.
 
-    Returns how many tensors fell back to a larger type because their rows do not fit the type's blocks.
+    `imatrix` is an importance matrix; types below q2_k need one. Returns how many tensors fell back to a larger type because their rows do not fit the type's blocks.
     Raises ExportError (export-quantize) with llama-quantize's last words.
     """
+    options = ["--imatrix", imatrix] if imatrix else []
     output = run_tool(
-        [tools.tool("llama-quantize"), source, target, gguf_type.upper(), str(threads)],
+        [tools.tool("llama-quantize"), *options, source, target, gguf_type.upper(), str(threads)],
         what=f"llama-quantize could not make {gguf_type}",
         code="export-quantize",
         fix="choose another type, for example gguf:q8_0",

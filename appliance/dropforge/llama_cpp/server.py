@@ -28,17 +28,19 @@ class LlamaServer:
     """Context manager around one llama-server process.
 
     `exact=True` keeps the KV cache in f32 and turns flash attention off, so that differences to another runtime come
-    from the file alone. Raises ExportError (gguf-load) when the file does not load.
+    from the file alone. `lora` is a GGUF adapter that is applied at run time. Raises ExportError (gguf-load) when a
+    file does not load.
     """
 
     def __init__(
         self, model: Path, *, tools: LlamaCpp | None = None, context: int = 4096, exact: bool = False,
-        threads: int | None = None,
+        threads: int | None = None, lora: Path | None = None,
     ) -> None:  # fmt: skip
         self.model = model.absolute()
         self._tools = tools or find_llama_cpp()
         self._context = context
         self._exact = exact
+        self._lora = lora.absolute() if lora else None
         self._threads = threads or _threads_for(model)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,6 +83,8 @@ class LlamaServer:
         ]  # fmt: skip
         if self._exact:
             command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+        if self._lora is not None:
+            command += ["--lora", str(self._lora)]
         with (folder / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,

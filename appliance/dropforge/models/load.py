@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
+from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
 from dropforge.spec import AdapterSpec
@@ -126,14 +128,19 @@ def save_trained(
     adapter: AdapterSpec,
     source: ModelSource,
     folder: Any,
+    initial: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write adapter/ (PEFT) or full/ (transformers), and tokenizer/, into `folder`. Same weights, same bytes."""
+    """Write adapter/ (PEFT) or full/ (transformers), and tokenizer/, into `folder`. Same weights, same bytes.
+
+    `initial` is what plain_lora.initial_pairs gave when the adapter was attached.
+    """
     import json
 
     if adapter.type == "full":
         model.save_pretrained(folder / "full")
     else:
         model.save_pretrained(folder / "adapter")
+        to_plain_lora(folder / "adapter", initial)
         config_path = folder / "adapter" / "adapter_config.json"
         config = json.loads(config_path.read_text())
         # A path of this machine helps nobody, and sets are written in the order of this process's hash seed.

@@ -15,10 +15,12 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 def _compiled() -> tuple[Callable, Callable]:
     """(flex_attention, create_block_mask), compiled once per process.
 
-    A second number of tokens makes the compiler treat it as variable. fullgraph: past the compiler's limit of
-    variants it must raise, because flex attention that falls back to eager silently builds the whole score matrix.
+    flex_attention: a second number of tokens makes the compiler treat it as variable. fullgraph: past the compiler's
+    limit of variants it must raise, because in eager it silently builds the whole score matrix. create_block_mask:
+    static sizes, because torch 2.11 did not finish compiling the other form for 16,384 tokens; past the limit it runs
+    in eager, slower.
     """
-    return torch.compile(flex_attention, fullgraph=True), torch.compile(create_block_mask, fullgraph=True)
+    return torch.compile(flex_attention, fullgraph=True), torch.compile(create_block_mask, dynamic=False)
 
 
 def block_mask(

@@ -13,6 +13,10 @@ FAMILIES: dict[str, str] = {
     "mistral": "dropforge_kernels.patch.families.mistral",
     "qwen2": "dropforge_kernels.patch.families.qwen2",
     "qwen3": "dropforge_kernels.patch.families.qwen3",
+    "gemma2": "dropforge_kernels.patch.families.gemma2",
+    "gemma3_text": "dropforge_kernels.patch.families.gemma3_text",
+    "phi3": "dropforge_kernels.patch.families.phi3",
+    "granite": "dropforge_kernels.patch.families.granite",
 }
 """transformers' model type -> module with a tuple ``SPECS``."""
 

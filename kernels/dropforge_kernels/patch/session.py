@@ -30,7 +30,7 @@ class Claim(NamedTuple):
 
 
 class Session:
-    """An open set of swaps on one model. ``close`` ends it; closing twice is harmless."""
+    """A set of swaps on one model. ``close`` ends it; closing twice is harmless."""
 
     def __init__(self, report: PatchReport) -> None:
         self.report = report
@@ -58,6 +58,15 @@ class Session:
                 new=f"dropforge_kernels.ops.{claim.spec.operation}",
             )
         )
+
+    def pause(self) -> None:
+        """Every swapped forward computes what its class computes, until ``resume``. Nothing is taken out."""
+        self.open = False
+
+    def resume(self) -> bool:
+        """End a pause. False when the session was closed, so that a new one is needed."""
+        self.open = bool(self._undo)
+        return self.open
 
     def close(self) -> None:
         """Restore in reverse. A forward that somebody wrapped meanwhile stays, and is named in the report."""

@@ -1,0 +1,39 @@
+"""The Python API is tested offline, on a CPU, with a builtin model and a scratch data root."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # As in tests/kernels/conftest.py: must be set before the first import of dropforge_kernels.ops in this process.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    from dropforge.settings import settings
+
+    monkeypatch.setenv("DROPFORGE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+@pytest.fixture
+def rows():
+    """ShareGPT conversations."""
+    facts = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Oslo", "Japan": "Tokyo", "Peru": "Lima"}
+    return [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Capital of {country}?"},
+                {"from": "gpt", "value": f"It is {city}."},
+            ]
+        }
+        for country, city in facts.items()
+    ]

@@ -1,0 +1,118 @@
+"""Bad arguments are refused by name, before any weight is loaded where that is possible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dropforge.errors import CommandError, DropforgeError, ModelError
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test when weights are loaded."""
+    from transformers import AutoModelForCausalLM
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "where"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "api-two-precisions", "load_in_4bit, load_in_8bit"),
+        ({"load_in_4bit": True, "full_finetuning": True}, "api-two-precisions", "load_in_4bit, full_finetuning"),
+        ({"max_seq_length": 4096}, "api-length", "max_seq_length"),
+        ({"max_seq_length": 0}, "api-length", "max_seq_length"),
+        ({"dtype": "bf16"}, "api-dtype", "dtype"),
+        ({"kernels": "yes"}, "api-kernels", "kernels"),
+    ],
+)
+def test_arguments_of_from_pretrained(arguments, code, where, no_weights):
+    from dropforge import FastLanguageModel
+
+    with pytest.raises(CommandError) as caught:
+        FastLanguageModel.from_pretrained("builtin:tiny-llama", **arguments)
+    assert (caught.value.code, caught.value.problems[0].where) == (code, where)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("builtin:tiny-lama", "model-unknown-builtin"), ("/no/such/folder", "model-unknown")]
+)
+def test_unknown_model(name, code, no_weights):
+    from dropforge import FastLanguageModel
+
+    with pytest.raises(DropforgeError) as caught:
+        FastLanguageModel.from_pretrained(name)
+    assert caught.value.code == code
+
+
+def load(name="builtin:tiny-llama", **arguments):
+    from dropforge import FastLanguageModel
+
+    return FastLanguageModel.from_pretrained(name, load_in_4bit=False, **arguments)
+
+
+def test_target_modules_and_second_adapter():
+    from dropforge import FastLanguageModel
+
+    model, _ = load()
+    with pytest.raises(ModelError) as caught:
+        FastLanguageModel.get_peft_model(model, target_modules=["q_proj", "gate"])
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.where) == ("adapter-target-unknown", "target_modules")
+    assert problem.fix == "did you mean 'gate_proj'?"
+    with pytest.raises(ModelError, match="modules_to_save"):
+        FastLanguageModel.get_peft_model(model, modules_to_save=["embeddings"])
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    model = FastLanguageModel.get_peft_model(model, target_modules="all-linear")
+    with pytest.raises(CommandError, match="has an adapter already"):
+        FastLanguageModel.get_peft_model(model)
+
+
+def test_required_kernels_that_do_not_fit():
+    from dropforge import FastLanguageModel
+
+    model, _ = load(kernels="required")
+    with pytest.raises(ModelError) as caught:
+        FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj", "lm_head"])
+    assert caught.value.code == "api-kernels-required"
+    assert "linear_cross_entropy in 1 modules" in caught.value.problems[0].why
+
+
+def test_a_model_that_is_not_ours():
+    from dropforge import FastLanguageModel
+
+    with pytest.raises(CommandError) as caught:
+        FastLanguageModel.for_inference(torch.nn.Linear(2, 2))
+    assert caught.value.code == "api-not-loaded"
+
+
+def test_scaled_positions_lift_the_limit():
+    model, _ = load(max_seq_length=4096, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert model.config.max_position_embeddings == 4096
+    assert model.model.rotary_emb.rope_type == "linear"
+
+
+def test_adapter_of_another_architecture(tmp_path):
+    import json
+
+    from dropforge import FastLanguageModel
+
+    model, _ = load()
+    model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["qkv_proj"]}))
+    with pytest.raises(ModelError) as caught:
+        load(str(tmp_path / "adapter"))
+    assert caught.value.code == "adapter-target-unknown"
+
+
+def test_names_of_the_package():
+    import dropforge
+
+    assert {"FastLanguageModel", "is_bfloat16_supported"} <= set(dir(dropforge))
+    with pytest.raises(AttributeError, match="no attribute 'FastLanguageModle'"):
+        dropforge.FastLanguageModle  # noqa: B018
