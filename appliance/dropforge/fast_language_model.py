@@ -271,12 +271,12 @@ def _open_session(model: PreTrainedModel, state: ModelState) -> None:
 
 
 def _source(name: str, *, revision: str | None, remote_code: bool, offline: bool, token: str | None) -> ModelSource:
-    from dropforge.models.source import _check_files
+    from dropforge.models.source import check_model_files
 
     folder = Path(name)
     if folder.is_dir():
         source = ModelSource(id=folder.name, path=folder.absolute(), revision=None, kind="folder")
-        _check_files(source, remote_code=remote_code)
+        check_model_files(source, remote_code=remote_code)
         return source
     root = DataRoot(settings().data_root)
     try:

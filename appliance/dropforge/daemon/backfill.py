@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dropforge.daemon.query import read_status
 from dropforge.daemon.queue import Ticket
@@ -52,6 +53,6 @@ def slots_busy_for(root: DataRoot, running: Sequence[Running]) -> Mapping[str, f
     """Slot to the seconds until its job ends, by the job's own estimate (which leaves the exports out: too early)."""
     ends: dict[str, float | None] = {}
     for job in running:
-        eta = read_status(root.run(job.ticket.id)).get("eta_seconds")
+        eta: Any = read_status(root.run(job.ticket.id)).get("eta_seconds")
         ends |= dict.fromkeys(job.slots, float(eta) if type(eta) in (int, float) else None)
     return ends

@@ -11,9 +11,9 @@ from dropforge.export.request import Made
 from dropforge.export.stage import Stage
 from dropforge.export.verify_gguf import verify_gguf
 from dropforge.export.verify_weights import compare_weights
+from dropforge.export_kinds import GGUF_NEEDS_IMATRIX
 from dropforge.llama_cpp.quantize import quantize
 from dropforge.llama_cpp.server import usable_threads
-from dropforge.export_kinds import GGUF_NEEDS_IMATRIX
 
 
 def gguf_name(slug: str, gguf_type: str) -> str:

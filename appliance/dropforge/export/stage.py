@@ -135,9 +135,7 @@ class Stage:
     def _imatrix(self) -> tuple[Path, int]:
         target = self.request.work / "imatrix.gguf"
         self.log("computing the importance matrix from the training data")
-        tokens = write_imatrix(
-            self.merged.folder, self.request.samples, gguf=self.base_gguf.path, target=target
-        )
+        tokens = write_imatrix(self.merged.folder, self.request.samples, gguf=self.base_gguf.path, target=target)
         return target, tokens
 
     def prompts(self) -> list[list[int]]:

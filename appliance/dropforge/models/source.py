@@ -49,7 +49,7 @@ def resolve_model(model: ModelSpec, *, root: DataRoot, offline: bool = False) ->
         source = _from_hub(model, root=root, offline=offline)
     else:
         _unknown_folder(model.id, root)
-    _check_files(source, remote_code=model.remote_code)
+    check_model_files(source, remote_code=model.remote_code)
     return source
 
 
@@ -174,7 +174,7 @@ def _unreachable(where: str, root: DataRoot, why: str) -> EnvironmentFault:
     )
 
 
-def _check_files(source: ModelSource, *, remote_code: bool) -> None:
+def check_model_files(source: ModelSource, *, remote_code: bool) -> None:
     """Refuse what cannot be loaded safely, before anything is loaded."""
     folder = source.path
     config_path = folder / "config.json"
