@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import FAKE_RUNNER, drop, places, spec_text, ticket
-from dropforge.daemon import spec_batch
+from dropforge.daemon import reception, spec_batch
 from dropforge.daemon.loop import Daemon, DaemonOptions
 from dropforge.daemon.query import list_jobs
 from dropforge.daemon.queue import TicketBook, put
@@ -50,7 +50,7 @@ def test_one_child_gives_the_verdicts_that_single_children_give(children: list[i
 KILLER = """
 import os, signal, sys
 from dropforge import spec_check
-from dropforge.daemon import spec_batch
+from dropforge.daemon import reception, spec_batch
 real = spec_check.answer
 def answer(raw, *, filename):
     if b"killer" in raw: os.kill(os.getpid(), signal.SIGSEGV)
@@ -90,8 +90,11 @@ def test_verdicts_made_ahead_are_used_and_others_are_made_when_asked(children: l
     assert children == [2], "known verdicts are not made again"
 
 
-def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_with(root: DataRoot) -> None:
-    for number in range(100):
+def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_with(
+    root: DataRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "FILES_PER_LOOK", 20)
+    for number in range(60):
         drop(root, f"{number:03}.yaml", bad_text(number))
     drop(root, "zz-good.yaml", spec_text("good"))
     options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
@@ -101,9 +104,8 @@ def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_w
             now += 0.1
             daemon.tick(now)
         assert places(root).get("running"), "found in the first look that could take anything"
-        rejected = len(list(root.rejected.iterdir()))
-        assert rejected < 100, "rejecting all of them came second"
-        while len(list(root.rejected.iterdir())) < 100:
+        assert len(list(root.rejected.iterdir())) == 20, "rejecting came second, and only so many"
+        while len(list(root.rejected.iterdir())) < 60:
             now += 0.1
             daemon.tick(now)
         assert list(root.inbox.glob("*.yaml")) == []

@@ -9,9 +9,8 @@ import pytest
 from dropforge.export import export_one
 from dropforge.export.stage import Stage
 from dropforge.export.tolerances import bounds
-from dropforge.export_kinds import GGUF_TYPES
+from dropforge.export_kinds import GGUF_NEEDS_IMATRIX, GGUF_TYPES
 from dropforge.paths import ResultFolder
-from dropforge.releases import GGUF_NEEDS_IMATRIX
 from export_harness import memorise
 
 TYPES = [name for name in GGUF_TYPES if name not in GGUF_NEEDS_IMATRIX and name != "q2_k_l"]

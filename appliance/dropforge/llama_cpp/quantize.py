@@ -16,10 +16,11 @@ def quantize(
 ) -> int:
     """Write `target` as `gguf_type` (a name such as q4_k_m) from the f32, f16 or bf16 file `source`.
 
-    `imatrix` is an importance matrix; types below q2_k need one. Returns how many tensors fell back to a larger type because their rows do not fit the type's blocks.
+    `imatrix` is an importance matrix; types below q2_k need one. Returns how many tensors fell back to a larger type
+    because their rows do not fit the type's blocks.
     Raises ExportError (export-quantize) with llama-quantize's last words.
     """
-    options = ["--imatrix", imatrix] if imatrix else []
+    options: list[str | Path] = ["--imatrix", imatrix] if imatrix else []
     output = run_tool(
         [tools.tool("llama-quantize"), *options, source, target, gguf_type.upper(), str(threads)],
         what=f"llama-quantize could not make {gguf_type}",

@@ -46,7 +46,7 @@ def fetch(folder: Path, *, log: Callable[[str], None]) -> Path:
     requirement = folder / "requirement.txt"
     write_text(requirement, f"{SDIST}=={SDIST_VERSION} --hash=sha256:{SDIST_SHA256}\n")
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes",
+        sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SDIST, "--require-hashes",
         "--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirement),
     ]  # fmt: skip
     done = subprocess.run(

@@ -23,6 +23,8 @@ from dropforge_kernels.ops.layer_norm import layer_norm as layer_norm
 from dropforge_kernels.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from dropforge_kernels.ops.linear_logprobs import linear_logprobs as linear_logprobs
 from dropforge_kernels.ops.nf4_dequantize import nf4_dequantize as nf4_dequantize
+from dropforge_kernels.ops.nf4_group import nf4_dequantize_group as nf4_dequantize_group
+from dropforge_kernels.ops.nf4_group import nf4_group as nf4_group
 from dropforge_kernels.ops.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.ops.qk_norm import qk_norm_rope as qk_norm_rope
 from dropforge_kernels.ops.rms_norm import add_rms_norm as add_rms_norm
@@ -32,6 +34,4 @@ from dropforge_kernels.ops.swiglu import swiglu as swiglu
 from dropforge_kernels.ops.swiglu import swiglu_backward as swiglu_backward
 from dropforge_kernels.ops.swiglu import swiglu_clamped as swiglu_clamped
 from dropforge_kernels.ops.swiglu import swiglu_packed as swiglu_packed
-from dropforge_kernels.ops.nf4_group import nf4_dequantize_group as nf4_dequantize_group
-from dropforge_kernels.ops.nf4_group import nf4_group as nf4_group
 from dropforge_kernels.reference.nf4_group import Nf4Weight as Nf4Weight
