@@ -49,8 +49,11 @@ test-slow: llama ## run the tests that take minutes
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
 	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels -m gpu
 
-bench: ## measure the kernels on this machine's GPU
-	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py
+# ENGINES=base,liger,unsloth,base also measures the peers, each in its own process, where they are installed
+ENGINES ?= base
+bench: ## measure the kernels on this machine's GPU; results under kernels/benchmarks/results
+	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py run --engines $(ENGINES) \
+	  --commit "$$(git rev-parse --short HEAD)"
 
 lint: $(READY) ## formatting, lint and types
 	@$(BIN)/ruff format --check -q . || { echo "make format mends this"; exit 1; }
