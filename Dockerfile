@@ -52,9 +52,9 @@ FROM ${LLAMA_BASE} AS llama
 ARG VARIANT
 ARG CUDA_ARCHITECTURES
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
-    --mount=type=cache,target=/var/lib/apt,sharing=locked \
-    --mount=type=cache,target=/build,id=llama-${VARIANT},sharing=locked \
+RUN --mount=type=cache,id=llama-apt-cache,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,id=llama-apt-lists,target=/var/lib/apt,sharing=locked \
+    --mount=type=cache,id=llama-build,target=/build,sharing=locked \
     --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=ca --mount=type=secret,id=pip \
     --mount=type=bind,source=docker,target=/src/docker \

@@ -32,7 +32,10 @@ def unpacked_source(folder: Path, *, sdist: Path | None, log: Callable[[str], No
             if member.name.startswith(SOURCE_IN_SDIST):
                 member.name = member.name.removeprefix(SOURCE_IN_SDIST)
                 members.append(member)
-        tar.extractall(scratch, members=members, filter="data")
+        if sys.version_info >= (3, 11, 4):
+            tar.extractall(scratch, members=members, filter="data")
+        else:  # Debian 12's Python has no filters yet; the archive is the pinned one, byte for byte
+            tar.extractall(scratch, members=members)
     rename_folder(scratch, source)
     return source
 
