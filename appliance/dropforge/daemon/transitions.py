@@ -62,11 +62,11 @@ class Transitions:
         run = self._root.run(ticket.id)
         history = attempts.ends(run, after=min(ticket.retried_after, attempt - 1)) or [end]
         verdict = judge(history, asked=attempts.read_stop(run, attempt))
+        _explain(run, verdict, end)  # before the state that says it is there
         self.enter(
             ticket, verdict.state, source="running", reason=verdict.reason, message=verdict.message,
             problems=list(end.problems), waiting_for=None,
         )  # fmt: skip
-        _explain(run, verdict, end)
         return verdict
 
     def queue_again(self, ticket: Ticket, *, source: str) -> None:
