@@ -16,6 +16,11 @@ EXPORTS = {
     "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1", "fp8": "0.1", "merged_4bit": "0.1",
     "lora_gguf": "0.1", "torchao": "0.3", "executorch": "0.3",
 }  # fmt: skip
+# Fields of `train` that no method of this release reads: refused, never silently ignored.
+TRAIN_FIELDS = {
+    "embedding_learning_rate": "0.2", "beta": "0.3", "loss_type": "0.3", "num_generations": "0.4",
+    "max_prompt_length": "0.4", "max_completion_length": "0.4", "temperature": "0.4", "epsilon": "0.4",
+}  # fmt: skip
 FORMATS = {"preference": "0.3", "prompt": "0.4"}
 CURRENT = "0.1"
 
@@ -44,6 +49,8 @@ def not_yet(spec: Spec) -> list[Problem]:
     if isinstance(spec.resources.gpus, str) or spec.resources.gpus > 1:
         asked.append(("resources.gpus", str(spec.resources.gpus), "0.3"))
     asked += [("report_to", name, "0.2") for name in spec.report_to]
+    values = spec.train.model_dump(include=set(TRAIN_FIELDS), exclude_none=True)
+    asked += [(f"train.{name}", str(value), TRAIN_FIELDS[name]) for name, value in values.items()]
     return [
         Problem(
             code="not-in-this-release",

@@ -217,7 +217,7 @@ class TrainSpec(Section):
     learning_rate: float | None = Field(default=None, gt=0, le=10)
     """Peak learning rate; default by method and adapter (LoRA sft 2e-4, full 2e-5, cpt 5e-5)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=10)
-    """Rate of trained embeddings and head; default for cpt: a tenth of learning_rate."""
+    """Rate of trained embeddings and head (later release; until then they learn at learning_rate)."""
     effective_batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows per optimizer step over all devices: per_device_train_batch_size x gradient_accumulation_steps x devices."""
     per_device_train_batch_size: int | None = Field(default=None, ge=1, le=65536)

@@ -9,7 +9,6 @@ from dropforge.spec import Spec
 
 PREFERENCE = {"dpo", "orpo", "kto", "simpo", "reward"}
 ONLINE_RL = {"grpo", "dr_grpo", "dapo", "bnpo", "gspo", "rloo", "ppo"}
-EMBEDDING_RATE_DIVISOR = 10
 
 
 def resolve(spec: Spec) -> Spec:
@@ -21,8 +20,6 @@ def resolve(spec: Spec) -> Spec:
         update={
             "num_train_epochs": train.num_train_epochs if train.num_train_epochs or train.max_steps else 1.0,
             "learning_rate": rate,
-            "embedding_learning_rate": train.embedding_learning_rate
-            or (rate / EMBEDDING_RATE_DIVISOR if spec.method == "cpt" and _trains_embeddings(spec) else None),
             "warmup_ratio": 0.05 if train.warmup_ratio is None and train.warmup_steps is None else train.warmup_ratio,
             **batch,
         }
@@ -45,10 +42,6 @@ def default_learning_rate(spec: Spec) -> float:
     else:
         rate = 2e-4
     return rate / 10 if spec.adapter.type == "full" and rate > 2e-5 else rate
-
-
-def _trains_embeddings(spec: Spec) -> bool:
-    return spec.adapter.type == "full" or bool({"embed_tokens", "lm_head"} & set(spec.adapter.modules_to_save))
 
 
 def _batch(spec: Spec) -> dict[str, int]:

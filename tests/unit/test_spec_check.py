@@ -72,10 +72,17 @@ def test_learning_rate_by_method(line, rate):
     assert read(with_line(line)).resolved.train.learning_rate == pytest.approx(rate)
 
 
-def test_cpt_learns_everything_and_embeddings_slower():
-    spec = read(with_line("method: cpt\nadapter: {modules_to_save: [embed_tokens]}")).resolved
-    assert spec.data.train_on == "everything"
-    assert spec.train.embedding_learning_rate == pytest.approx(5e-6)
+def test_cpt_learns_everything():
+    assert read(with_line("method: cpt")).resolved.data.train_on == "everything"
+
+
+@pytest.mark.parametrize(
+    "field", ["embedding_learning_rate: 1e-5", "beta: 0.1", "num_generations: 4", "temperature: 1"]
+)
+def test_a_training_field_that_nothing_reads_yet_is_refused_not_ignored(field):
+    (found,) = problems(with_line(f"train: {{{field}}}"))
+    assert found.code == "not-in-this-release"
+    assert field.split(":")[0] in found.where
 
 
 @pytest.mark.parametrize(
