@@ -36,6 +36,8 @@ class PatchReport:
     policy: str
     swaps: list[Swap] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
+    engine: str = ""
+    """How the decoder layers run: hand-written, or why they are not."""
     wrapped: list[str] = field(default_factory=list)
     """Paths whose swapped forward somebody else had wrapped by the end: the wrapper stays, our part is switched off."""
 
@@ -48,6 +50,8 @@ class PatchReport:
         if not self.swaps and not self.skips:
             return [f"kernels: nothing swapped (policy {self.policy})"]
         lines = [f"kernels: {name} in {count} modules" for name, count in self.counts().items()]
+        if self.engine:
+            lines.append(f"kernels: {self.engine}")
         skipped = Counter((skip.patch, skip.reason) for skip in self.skips)
         for (patch, reason), count in skipped.items():
             where = f"{patch} in {count} modules" if patch else "the whole model"

@@ -14,10 +14,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dropforge_kernels.patch.engine import Engine, ObstacleError, build_engine
 from dropforge_kernels.patch.registry import FAMILIES, select, specs_of
 from dropforge_kernels.patch.report import PatchReport, Skip, Swap
 from dropforge_kernels.patch.spec import Forward, PatchError, PatchSpec
 
+LOSS = "linear_cross_entropy"
+"""The operation whose forward the engine enters through."""
 POLICIES = ("auto", "required", "off")
 
 
@@ -35,6 +38,7 @@ class Session:
     def __init__(self, report: PatchReport) -> None:
         self.report = report
         self.open = True
+        self.engine: Engine | None = None
         self._undo: list[tuple[str, nn.Module, Forward]] = []
 
     def swap(self, claim: Claim, forward: Forward) -> None:
@@ -71,6 +75,9 @@ class Session:
     def close(self) -> None:
         """Restore in reverse. A forward that somebody wrapped meanwhile stays, and is named in the report."""
         self.open = False
+        if self.engine is not None:
+            self.engine.release()
+            self.engine = None
         while self._undo:
             path, module, bound = self._undo.pop()
             if module.__dict__.get("forward") is bound:
@@ -109,11 +116,25 @@ def open_session(
         for claim in claims:
             if claim.spec.name not in forwards:
                 forwards[claim.spec.name] = claim.spec.build(claim.spec.target.forward)
+            if claim.spec.operation == LOSS and names is None:
+                session.engine = _engine(model, family, report)
+                if session.engine is not None:
+                    forwards[claim.spec.name] = functools.partial(forwards[claim.spec.name], engine=session.engine)
             session.swap(claim, forwards[claim.spec.name])
     except BaseException:
         session.close()
         raise
     return session
+
+
+def _engine(model: nn.Module, family: str, report: PatchReport) -> Engine | None:
+    try:
+        engine = build_engine(model, family)
+    except ObstacleError as obstacle:
+        report.engine = f"decoder layers run operation by operation: {obstacle}"
+        return None
+    report.engine = f"{len(engine.decoder.layers)} decoder layers train with their hand-written backward"
+    return engine
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from dropforge_kernels.ops import linear_cross_entropy
+from dropforge_kernels.patch.engine import Engine
+from dropforge_kernels.patch.engine_call import final_hidden
 from dropforge_kernels.patch.spec import Forward
 
 LogitOptions = Callable[[Any], dict[str, float]]
@@ -18,8 +20,10 @@ LogitOptions = Callable[[Any], dict[str, float]]
 
 
 def needs_plain_head(module: nn.Module) -> str | None:
-    """The head must be an ordinary linear layer: an adapter or a trained copy around it computes something else."""
+    """The head must be a linear layer, or PEFT's trained copy of one; an adapter around it computes something else."""
     head = module.get_output_embeddings()
+    if type(head).__name__ == "ModulesToSaveWrapper":
+        head = head.original_module
     if type(head) is not nn.Linear:
         return f"its head is a {type(head).__module__}.{type(head).__qualname__}, not a plain Linear"
     return None if head.bias is None else "its head has a bias"
@@ -54,6 +58,9 @@ def fused_loss(options: LogitOptions = no_options) -> Callable[[Forward], Forwar
             labels: torch.Tensor | None = None,
             use_cache: bool | None = None,
             logits_to_keep: int | torch.Tensor = 0,
+            *,
+            engine: Engine | None = None,
+            max_valid: int | None = None,
             **kwargs: Any,
         ) -> Any:
             inputs = {
@@ -66,13 +73,17 @@ def fused_loss(options: LogitOptions = no_options) -> Callable[[Forward], Forwar
             items = inputs.pop("num_items_in_batch", None)
             ignore = inputs.pop("ignore_index", -100)
             targets = inputs.pop("shift_labels", None)
-            outputs = self.model(**inputs)
+            hidden = None if engine is None else final_hidden(engine, inputs)
+            outputs: Any = BaseModelOutputWithPast() if hidden is not None else self.model(**inputs)
+            if hidden is None:
+                hidden = outputs.last_hidden_state
             if targets is None:
                 targets = shift(labels, ignore_index=ignore)
-            hidden = outputs.last_hidden_state
+            # A trained copy of the head is fp32; outside autocast it meets hidden states of the compute dtype.
+            weight = self.lm_head.weight.to(hidden.dtype)
             loss = linear_cross_entropy(
-                hidden, self.lm_head.weight, targets.reshape(hidden.shape[:-1]).to(hidden.device),
-                ignore_index=ignore, num_items_in_batch=items, **options(self.config),
+                hidden, weight, targets.reshape(hidden.shape[:-1]).to(hidden.device),
+                ignore_index=ignore, num_items_in_batch=items, max_valid=max_valid, **options(self.config),
             )  # fmt: skip
             return CausalLMOutputWithPast(
                 loss=loss,

@@ -1,0 +1,251 @@
+"""Builds ``modules.causal_lm.Decoder`` out of a transformers model with a PEFT adapter, or says why it cannot.
+
+The weights stay the model's own; the decoder reads them. What a model must be like for that is checked here module by
+module, so that everything else (dropout, DoRA, several adapters, trained base weights) keeps the path it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dropforge_kernels.modules.adapters import Adapted, Casts
+from dropforge_kernels.modules.causal_lm import Decoder
+from dropforge_kernels.modules.layer import Layer
+from dropforge_kernels.modules.policy import Keep
+from dropforge_kernels.modules.weights import DenseWeights, Matrices, Nf4Weights, Scratch, nf4_obstacle
+from dropforge_kernels.patch.families._layers import LAYOUTS, LayerModules, Layout
+
+if TYPE_CHECKING:
+    from dropforge_kernels.modules.offload import HostStore
+
+
+class ObstacleError(Exception):
+    """Why the engine cannot run this model; the text is for the report."""
+
+
+@dataclass
+class Engine:
+    """A decoder and what it was read from."""
+
+    layout: Layout
+    inner: Any
+    """transformers' model without the head: embed_tokens, layers, norm, rotary_emb."""
+    decoder: Decoder
+    weights: list[DenseWeights | Nf4Weights]
+    projections: list[nn.Module]
+    pointers: list[tuple[nn.Parameter, int]]
+    """The frozen matrices and where they were: a model that was moved meanwhile must not be trained from old memory."""
+
+    planned: bool = False
+    """Whether ``set_policies`` has decided what each layer keeps."""
+
+    def set_policies(
+        self, policies: Sequence[Keep], *, mlp_tile: int | None = None, store: HostStore | None = None
+    ) -> None:
+        """What each layer keeps from the next forward on; without a call transformers' gradient checkpointing decides.
+
+        Raises ValueError for a list of another length, and for OFFLOAD without a store.
+        """
+        self.decoder.set_policies(policies, mlp_tile=mlp_tile, store=store)
+        self.planned = True
+
+    def obstacle(self) -> str | None:
+        """What changed since the engine was built, so that it must not run now."""
+        for parameter, address in self.pointers:
+            if parameter.data_ptr() != address:
+                return "its weights have moved since the engine was built"
+        for module in self.projections:
+            reason = _adapter_obstacle(module)
+            if reason is not None:
+                return reason
+        return None
+
+    def release(self) -> None:
+        """Give every joined matrix its own memory back."""
+        for weights in self.weights:
+            weights.release()
+
+
+def build_engine(model: nn.Module, family: str) -> Engine:
+    """The engine of a causal language model, bare or in PEFT's wrapper. Raises ObstacleError."""
+    layout = LAYOUTS.get(family)
+    if layout is None:
+        raise ObstacleError(f"no hand-written layer for the model type {family!r}")
+    causal = causal_model(model)
+    inner = causal.model
+    dtype = _compute_dtype(inner)
+    casts, scratch = Casts(dtype), Scratch(dtype)
+    modules = [layout.modules(layer, index) for index, layer in enumerate(inner.layers)]
+    for layer, parts in zip(inner.layers, modules, strict=True):
+        _check(layer, parts)
+    trained = [p for name, p in inner.layers.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ObstacleError("none of its layers has a trained adapter")
+    sources: list[DenseWeights | Nf4Weights] = []
+    layers = []
+    for parts in modules:
+        matrices = _matrices(parts)
+        quantised = _is_nf4(matrices.down)
+        sources.append(Nf4Weights(matrices, scratch) if quantised else DenseWeights(matrices))
+        layers.append(_layer(parts, casts, sources[-1]))
+    made = sum(len(layer.parameters) for layer in layers)
+    if made != len(trained):
+        raise ObstacleError("something besides the adapters of its projections is trained inside the layers")
+    decoder = Decoder(
+        layers=layers,
+        casts=casts,
+        tables=lambda positions: layout.tables(inner, positions),
+        dtype=dtype,
+        policies=[Keep.ALL] * len(layers),
+        scratch=scratch,
+    )
+    if len({matrix.device for parts in modules for matrix in _matrices(parts).all}) > 1:
+        raise ObstacleError("its layers are spread over several devices")
+    pointers = [(p, p.data_ptr()) for parts in modules for p in _matrices(parts).all]
+    return Engine(
+        layout=layout,
+        inner=inner,
+        decoder=decoder,
+        weights=sources,
+        projections=[module for parts in modules for module in _projections(parts)],
+        pointers=pointers,
+    )
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    inner: Any = model
+    while type(inner).__module__.startswith("peft."):
+        inner = inner.base_model.model if type(inner).__name__.startswith("Peft") else inner.model
+    return inner
+
+
+def _projections(parts: LayerModules) -> tuple[nn.Module, ...]:
+    return (*parts.qkv, parts.o, *parts.gate_up, parts.down)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return "lora_A" in module._modules
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if _is_adapted(module) else module  # type: ignore[return-value]
+
+
+def _is_nf4(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def _compute_dtype(inner: Any) -> torch.dtype:
+    base = _base(inner.layers[0].mlp.down_proj)
+    state = getattr(base.weight, "quant_state", None)
+    dtype: torch.dtype = base.weight.dtype if state is None else (getattr(base, "compute_dtype", None) or state.dtype)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ObstacleError(f"its weights are held as {str(dtype).removeprefix('torch.')}")
+    return dtype
+
+
+def _check(layer: nn.Module, parts: LayerModules) -> None:
+    dropout = getattr(layer.self_attn, "attention_dropout", 0.0)
+    residual = [getattr(layer, name, None) for name in ("resid_attn_dropout", "resid_mlp_dropout")]
+    if dropout or any(module is not None and module.p for module in residual):
+        raise ObstacleError("the model drops activations out in training")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ObstacleError("a hook watches its layers")
+    norms = [parts.input_norm, parts.mlp_norm, parts.attention_end, parts.mlp_end]
+    norms += [parts.attention.q_norm, parts.attention.k_norm]
+    own = {p.data_ptr(): p for p in layer.parameters() if p.dim() == 1}
+    for norm in norms:
+        if norm is not None and own[norm.weight.data_ptr()].requires_grad:
+            raise ObstacleError("its norms are trained")
+    for module in _projections(parts):
+        reason = _adapter_obstacle(module) or _base_obstacle(_base(module))
+        if reason is not None:
+            raise ObstacleError(reason)
+    kinds = {_is_nf4(_base(module).weight) for module in _projections(parts)}
+    if len(kinds) != 1:
+        raise ObstacleError("some of a layer's projections are quantised and some are not")
+
+
+def _base_obstacle(base: Any) -> str | None:
+    if type(base).__name__ not in ("Linear", "Linear4bit"):
+        return f"a projection is a {type(base).__name__}"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "its base weights are trained"
+    if base._forward_hooks or base._forward_pre_hooks:
+        return "a hook watches its projections"
+    if type(base).__name__ == "Linear4bit":
+        return nf4_obstacle(base.weight)
+    return None
+
+
+def _adapter_obstacle(module: Any) -> str | None:
+    if not _is_adapted(module):
+        return None
+    active = module.active_adapters
+    if module.disable_adapters or module.merged:
+        return "its adapter is switched off or merged"
+    if len(active) != 1 or active[0] not in module.lora_A:
+        return "it has several active adapters" if len(active) > 1 else "its active adapter is not on every projection"
+    name = active[0]
+    if type(module.lora_dropout[name]) is not nn.Identity:
+        return "its adapter has dropout"
+    if module.lora_variant.get(name) is not None:
+        return f"its adapter is a {type(module.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
+    if module.lora_bias.get(name):
+        return "its adapter has a bias"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a hook watches its adapter"
+    return None
+
+
+def _adapted(module: Any) -> Adapted:
+    base = _base(module)
+    if not _is_adapted(module):
+        return Adapted(outputs=base.out_features, bias=base.bias)
+    name = module.active_adapters[0]
+    return Adapted(
+        outputs=base.out_features,
+        bias=base.bias,
+        a=module.lora_A[name].weight,
+        b=module.lora_B[name].weight,
+        scale=module.scaling[name],
+    )
+
+
+def _matrices(parts: LayerModules) -> Matrices:
+    def weight(module: nn.Module) -> nn.Parameter:
+        return _base(module).weight  # type: ignore[return-value]
+
+    return Matrices(
+        qkv=tuple(weight(m) for m in parts.qkv),
+        o=weight(parts.o),
+        gate_up=tuple(weight(m) for m in parts.gate_up),
+        down=weight(parts.down),
+    )
+
+
+def _layer(parts: LayerModules, casts: Casts, weights: DenseWeights | Nf4Weights) -> Layer:
+    adapted = [tuple(_adapted(m) for m in group) for group in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))]
+    parameters = [p for group in adapted for one in group for p in (one.a, one.b) if p is not None]
+    qkv, o, gate_up, down = (casts.group(group) for group in adapted)
+    return Layer(
+        attention=parts.attention,
+        activation=parts.activation,
+        input_norm=parts.input_norm,
+        mlp_norm=parts.mlp_norm,
+        attention_end=parts.attention_end,
+        mlp_end=parts.mlp_end,
+        multiplier=parts.multiplier,
+        qkv=qkv,
+        o=o,
+        gate_up=gate_up,
+        down=down,
+        weights=weights,
+        parameters=tuple(parameters),
+    )
