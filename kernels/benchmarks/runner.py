@@ -1,16 +1,19 @@
 """Measures the operations against torch, torch.compile, Liger and Unsloth, and writes one CSV and one plot.
 
-    PYTHONPATH=kernels python kernels/benchmarks/runner.py run --out DIR [--ops rms_norm,rope] [--engines
-    base,liger,unsloth] python kernels/benchmarks/runner.py plot DIR/FILE.csv
+    PYTHONPATH=kernels python kernels/benchmarks/runner.py run --out DIR [--ops rms_norm,rope] [--engines base,liger]
+    python kernels/benchmarks/runner.py plot DIR/FILE.csv
 
 Each file beside this one has ``cases(engines)``, a generator of ``Case``. Every engine runs in its own process
-("base" = ours, torch and torch.compile; each peer alone), base first and again last, because peers patch what they
-import. Each process first measures what a copy and a bf16 matrix product reach; shares are of the same process's
+("base" = ours, torch and torch.compile; each peer alone; "again" = ours once more, last, so that a drift of the machine
+shows). Each process first measures what a copy and a bf16 matrix product reach; shares are of the same process's
 numbers. A case of ours whose parity check fails gets no speed.
 
 Two times per row. ``gpu_us``: between two events, with the host's launches queued behind a spinning kernel, caches
 flushed before each repeat, so it is the GPU's work alone. ``host_us``: what the call costs the host until it returns
 (at small shapes this is the step's time).
+
+``warm --part I/N`` runs every N-th case of an engine once without timing: started N times side by side before ``run``,
+it fills the compilers' caches.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -85,12 +88,24 @@ COLUMNS = (
 )
 
 
+SLOW_MS, SLOW_REPEATS = 4.0, 7
+"""Calls that take longer are repeated less often: their times differ less from each other."""
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def gpu_times(call: Callable[[], object], repeats: int = 15) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile of the GPU's time for one call, in microseconds."""
     flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")  # 256 MiB, several times the L2 cache
     for _ in range(3):
         call()
     torch.cuda.synchronize()
+    repeats = repeats if _milliseconds(call) < SLOW_MS else SLOW_REPEATS
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
@@ -106,6 +121,7 @@ def gpu_times(call: Callable[[], object], repeats: int = 15) -> tuple[float, flo
 def host_time(call: Callable[[], object], repeats: int = 30) -> float:
     """Median time until the call returns to Python, in microseconds, with an idle GPU and an empty launch queue."""
     times = []
+    repeats = repeats if _milliseconds(call) < SLOW_MS else SLOW_REPEATS
     for _ in range(repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -191,8 +207,8 @@ def _speeds(case: Case, call: Callable[[], object], common: dict[str, object]) -
     return row
 
 
-ENGINES = {"base": ("ours", "torch", "compile"), "liger": ("liger",), "unsloth": ("unsloth",)}
-PACKAGES = {"base": (), "liger": ("liger-kernel",), "unsloth": ("unsloth", "unsloth_zoo")}
+ENGINES = {"base": ("ours", "torch", "compile"), "liger": ("liger",), "unsloth": ("unsloth",), "again": ("ours",)}
+PACKAGES = {"base": (), "liger": ("liger-kernel",), "unsloth": ("unsloth", "unsloth_zoo"), "again": ()}
 
 
 def op_files() -> list[str]:
@@ -224,8 +240,29 @@ def child(engine: str, ops: list[str], commit: str, limit_s: float) -> None:
             if time.monotonic() > deadline:
                 print(f"time limit of {limit_s:.0f} s reached before {op} {case.shape} {case.tokens}", file=sys.stderr)
                 return
+            if engine == "again" and "ours" not in case.providers:
+                continue
+            if engine == "again":
+                case = replace(case, providers={"ours": case.providers["ours"]}, check=None)
             for row in measure(case, common):
                 print("ROW " + json.dumps(row), flush=True)
+
+
+def warm(engine: str, ops: list[str], part: str) -> None:
+    """Runs what of an engine has to be compiled, once and without timing; every N-th case."""
+    mine, parts = (int(n) for n in part.split("/"))
+    index = 0
+    for op in ops:
+        for case in importlib.import_module(op).cases(frozenset(ENGINES[engine])):
+            index += 1
+            if index % parts != mine:
+                continue
+            for provider in case.providers.keys() - {"torch", "gemm"}:
+                try:
+                    case.providers[provider]()
+                except (RuntimeError, TypeError, ValueError) as error:
+                    print(f"{op} {case.shape} {case.tokens} {provider}: {str(error).splitlines()[0][:150]}")
+    torch.cuda.synchronize()
 
 
 def run(engines: Iterable[str], ops: list[str], commit: str, out: Path, limit_s: float) -> Path:
@@ -264,13 +301,14 @@ def run(engines: Iterable[str], ops: list[str], commit: str, out: Path, limit_s:
 def main() -> None:
     """Command line: run, child (used by run), table, markdown, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "child", "table", "markdown", "plot"))
+    parser.add_argument("command", choices=("run", "child", "warm", "table", "markdown", "plot"))
     parser.add_argument("csv", nargs="?", type=Path)
-    parser.add_argument("--engines", default="base,liger,unsloth,base")
+    parser.add_argument("--engines", default="base,liger,unsloth,again")
     parser.add_argument("--ops", default="")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--limit-s", type=float, default=240.0, help="most seconds for one engine's process")
+    parser.add_argument("--part", default="0/1", help="of warm: which of how many parts")
     args = parser.parse_args()
     ops = args.ops.split(",") if args.ops else op_files()
     sys.path.insert(0, str(HERE))
@@ -278,6 +316,8 @@ def main() -> None:
 
     if args.command == "child":
         child(args.engines, ops, args.commit, args.limit_s)
+    elif args.command == "warm":
+        warm(args.engines, ops, args.part)
     elif args.command == "run":
         path = run(args.engines.split(","), ops, args.commit, args.out, args.limit_s)
         print(_report.table(path))

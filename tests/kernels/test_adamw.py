@@ -190,6 +190,26 @@ def test_rate_as_a_tensor_and_low_precision_copy(device):
     assert torch.equal(copy, ours.half())
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_everything_that_changes_is_read_on_the_device(device, bits):
+    """What a captured step relies on: the same call, with only device values changed in between, follows them."""
+    ours, theirs = data(500, device), data(500, device)
+    state, other = ops.adamw_state(ours, bits=bits), ops.adamw_state(theirs, bits=bits)
+    rate, norm, grad = torch.zeros((), device=device), torch.zeros((), device=device), data(500, device, seed=1)
+
+    def captured():
+        ops.adamw(ours, grad, state, lr=rate, grad_norm=norm, max_norm=0.5)
+
+    for value, length in ((0.01, 0.1), (0.05, 3.0), (0.02, float("inf")), (0.03, 1.0)):
+        rate.fill_(value)
+        norm.fill_(length)
+        captured()
+        if length < float("inf"):
+            ops.adamw(theirs, grad * min(1.0, 0.5 / length), other, lr=value)
+    assert state.step.tolist() == [3, 0]
+    assert relative(ours, theirs) < 1e-5
+
+
 def test_empty(device):
     param = data(0, device)
     state = ops.adamw_state(param)
@@ -247,6 +267,13 @@ def test_cuda_graph_capture(bits):
         ({"max_norm": 1.0}, ValueError, "max_norm needs grad_norm"),
         ({"grad_norm": torch.zeros(2)}, ValueError, "grad_norm must be one fp32 value"),
         ({"low_precision": torch.zeros(3)}, ValueError, "low_precision must have the shape of param"),
+        ({"lr": torch.zeros(2)}, ValueError, r"lr must be a number or one value; received shape \(2,\)"),
+        ({"lr": torch.zeros((), dtype=torch.int64)}, TypeError, "lr must have dtype"),
+        (
+            {"lr": torch.zeros((), device="meta")},
+            ValueError,
+            r"lr must be on the device of param \(cpu\); received meta",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(change, error, text):

@@ -12,6 +12,7 @@ from dropforge_kernels import ops, reference
 from dropforge_kernels.ops._sinks import apply_sinks, sinks_gradient
 from dropforge_kernels.ops.attention import PREFERENCE, AttentionBackend, Case, choose_attention
 from dropforge_kernels.testing import CONSTANT, assert_parity, capture_and_replay, random_tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 PLAIN = Case(packed=False, window=False, softcap=False, sinks=False, dtype=torch.bfloat16, width=128)
 LENGTHS = [5, 0, 130, 1, 64]  # a zero-length document among them
@@ -96,6 +97,41 @@ def test_reference_against_plain_loops(options, sinks):
         dense = {n: given[n][3:9][None] for n in ("q", "k", "v")}
         alone = naive(**{n: t[0] for n, t in dense.items()}, cu_seqlens=torch.tensor([0, 6]))
         torch.testing.assert_close(reference.attention(**dense)[0], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 1.5}])
+def test_padding_documents_of_no_length_change_nothing(options):
+    """A fixed number of documents, filled up with the total, is how a captured step gets rows of any packing."""
+    given = inputs(torch.float32, "cpu", width=8, lengths=[3, 6, 2], sinks=True) | options
+    leaves = [given[name].requires_grad_() for name in ("q", "k", "v", "sinks")]
+    padded = given | {"cu_seqlens": torch.tensor([0, 3, 9, 11, 11, 11, 11], dtype=torch.int32), "max_seqlen": 11}
+    results = []
+    for case in (given, padded):
+        out = ops.attention(**case, validate=False)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for plain, filled in zip(*results, strict=True):
+        assert torch.equal(plain, filled)
+        assert filled.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 129, 300])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, [128, 128, 256], [700], [5, 0, 130, 1, 64, 300], [128, 0, 400, 0], [3]])
+def test_block_mask_has_the_blocks_of_the_whole_matrix(lengths, causal, window):
+    """Against torch's own builder, which looks at every pair."""
+    tokens = sum(lengths) if lengths else 515
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) if lengths else None
+    found = ops.block_mask(tokens, device="cpu", cu_seqlens=ends, causal=causal, window=window)
+    seen = reference.visible(tokens, causal=causal, window=window, cu_seqlens=ends, device=torch.device("cpu"))
+    expected = create_block_mask(lambda b, h, q, k: seen[q, k], None, None, tokens, tokens, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for blocks, counts in (("kv_indices", "kv_num_blocks"), ("full_kv_indices", "full_kv_num_blocks")):
+        for ours, theirs, count in zip(
+            getattr(found, blocks)[0, 0], getattr(expected, blocks)[0, 0], getattr(expected, counts)[0, 0], strict=True
+        ):
+            assert torch.equal(ours[:count], theirs[:count])
 
 
 def test_documents_do_not_see_each_other(device):
@@ -220,6 +256,36 @@ def test_cuda_graph_capture(packed):
         return step
 
     capture_and_replay(build)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"sinks": True}], ids=["plain", "window", "sinks"])
+def test_one_captured_graph_serves_every_packing(options):
+    """cu_seqlens changes between replays: other documents, another number of them, filled up with the total."""
+    sinks = options.pop("sinks", False) if options else False
+    given = inputs(torch.bfloat16, "cuda", lengths=[70, 130], sinks=sinks) | options
+    given |= {"cu_seqlens": torch.full((9,), 200, dtype=torch.int32, device="cuda"), "max_seqlen": 200}
+
+    def step():
+        leaves = {n: given[n].detach().requires_grad_() for n in ("q", "k", "v")}  # of the stream that runs it
+        out = ops.attention(**(given | leaves), validate=False)
+        return out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    given["cu_seqlens"][0] = 0
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for ends in ([0, 200], [0, 70, 200], [0, 5, 5, 6, 100, 199, 200]):
+        padded = ends + [200] * (9 - len(ends))
+        given["cu_seqlens"].copy_(torch.tensor(padded, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        for replayed, expected in zip(captured, step(), strict=True):
+            torch.testing.assert_close(replayed, expected)
 
 
 @pytest.mark.parametrize(

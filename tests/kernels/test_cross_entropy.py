@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from dropforge_kernels import ops, reference
+from dropforge_kernels.ops._row_losses import RowLoss, row_gradient, row_loss
+from dropforge_kernels.ops._shared_rows import shared_row_loss
 from dropforge_kernels.testing import DTYPES, LAYOUTS, assert_parity, random_tensor
 
 OPTIONS = {
@@ -85,6 +87,38 @@ def test_masked_vocabulary_entries(device):
     given["target"] = given["target"].clamp(max=59)
     given["target"][0] = -100
     assert_parity(ops.cross_entropy, reference.cross_entropy, given, grad=("logits",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [RowLoss(), RowLoss(logit_scale=40.0), RowLoss(-100, 2.0, 3.0, 0.1, 0.01), RowLoss(label_smoothing=0.2)],
+    ids=["plain", "scale", "all", "smoothing"],
+)
+def test_rows_shared_by_programs_equal_rows_of_one(device, dtype, rule):
+    """Loss, log-sum-exp, entropy and gradient in place. One part a row in the interpreter, several on a GPU."""
+    rows, vocabulary = (6, 500) if device == "cpu" else (300, 20011)
+    logits = random_tensor((rows, vocabulary), dtype=dtype, device=device)
+    logits[:, 7:20] = -float("inf") if rule.logit_softcap == 0 and rule.label_smoothing == 0 else 0.0
+    target = targets(rows, vocabulary, device)
+    target[0], target[1], target[2] = 3, -100, vocabulary
+    results = []
+    for shared in (False, True):
+        own = logits.clone()
+        nll, lse, entropy = (torch.empty(rows, device=device) for _ in range(3))
+        if shared:
+            part = 512 if device == "cpu" else 4096
+            shared_row_loss(
+                own, target, rule, nll=nll, lse=lse, entropy=entropy, upstream=None, part=part, warps=4, groups=(1, 1)
+            )
+        else:
+            row_loss(own, target, rule, nll=nll, lse=lse, entropy=entropy)
+            one = torch.ones(1, device=device)
+            row_gradient(own, target, rule, lse=lse, upstream=one, out=own)
+        results.append((nll, lse, entropy, own))
+    for plain, shared in zip(*results, strict=True):
+        limit = 2e-3 if shared.dtype is torch.float16 else 2e-5
+        torch.testing.assert_close(shared, plain, equal_nan=True, rtol=limit, atol=limit)
 
 
 def test_nothing_counted_gives_zero_loss_and_zero_gradient(device):

@@ -18,6 +18,10 @@ LOSSES = {
     "dapo": {"loss_type": "dapo", "num_items_in_batch": 53},
     "dapo of this batch": {"loss_type": "dapo"},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "num_items_in_batch": 53},
+    "cispo of sequences": {"loss_type": "cispo", "epsilon_high": 1.1, "importance_sampling_level": "sequence"},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 2.0},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
 }
 VARIANTS = {
     "plain": {"old": False},
@@ -53,6 +57,11 @@ def sizes(device):
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_values_and_gradients(device, dtype, loss, variant):
+    if loss["loss_type"] in (
+        "cispo",
+        "sapo",
+    ):  # delta belongs to the clipped surrogate, epsilon_high means another thing
+        variant = {name: value for name, value in variant.items() if name not in ("delta", "epsilon_high")}
     shapes = sizes(device)
     for shape in shapes[:2] if device == "cpu" and dtype is not torch.float32 else shapes:
         given = inputs(shape, dtype, device, **(loss | variant))
@@ -101,6 +110,23 @@ def test_nothing_to_learn_from(device, loss, shape):
     assert found.loss.item() == 0.0
     (gradient,) = torch.autograd.grad(found.loss, leaf)
     assert not gradient.any()
+
+
+def test_cispo_weights_the_policy_gradient_and_sapo_starts_from_it(device):
+    """CISPO: every token's gradient is -min(ratio, bound) a, clipped or not. SAPO: at ratio 1 the slope is -a."""
+    given = inputs((4, 9), torch.float32, device, loss_type="cispo", epsilon_high=1.1, num_items_in_batch=1)
+    leaf = given["logprobs"].requires_grad_()
+    found = ops.grpo_loss(**given)
+    (gradient,) = torch.autograd.grad(found.loss, leaf)
+    ratio = (leaf - given["old_logprobs"]).detach().exp()
+    assert bool((ratio > 1.1).any() & (ratio < 1.1).any())
+    expected = -ratio.clamp(max=1.1) * given["advantages"][:, None] * given["mask"]
+    torch.testing.assert_close(gradient, expected)
+    soft = inputs((4, 9), torch.float32, device, old=False, loss_type="sapo", sapo_temperature_neg=3.0)
+    leaf = soft["logprobs"].requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.grpo_loss(**soft).loss, leaf)
+    counted = soft["mask"].sum(1, keepdim=True).clamp_min(1)
+    torch.testing.assert_close(gradient, -soft["advantages"][:, None] * soft["mask"] / counted / 4)
 
 
 def test_on_policy_gradient_is_that_of_the_policy_gradient(device):
@@ -183,6 +209,9 @@ def test_cuda_graph_capture():
         ({"beta": 0.1}, ValueError, "beta above 0 needs ref_logprobs; received None"),
         ({"beta": -0.1}, ValueError, "beta must not be negative"),
         ({"loss_type": "dr_grpo"}, ValueError, "needs max_completion_length; received None"),
+        ({"loss_type": "cispo"}, ValueError, "needs epsilon_high, the greatest weight; received None"),
+        ({"loss_type": "sapo", "delta": 2.0}, ValueError, "delta belongs to the clipped surrogate, not to 'sapo'"),
+        ({"loss_type": "sapo", "sapo_temperature_pos": 0.0}, ValueError, "temperatures must be positive; received 0.0"),
     ],
 )
 def test_wrong_arguments_are_refused(change, error, text):

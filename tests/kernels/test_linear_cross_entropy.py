@@ -62,6 +62,44 @@ def test_sizes_of_real_models(device, dtype):
         assert_parity(ops.linear_cross_entropy, reference.linear_cross_entropy, given, grad=("hidden", "weight"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad", [("hidden",), ("bias",), ("hidden", "weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("options", [{}, {"max_valid": 26, "logit_softcap": 5.0}], ids=["plain", "bound, softcap"])
+def test_head_with_bias(device, dtype, grad, options):
+    given = inputs(dtype, device, **options)
+    given["bias"] = random_tensor((77,), dtype=dtype, device=device, seed=2)
+    assert_parity(
+        ops.linear_cross_entropy, reference.linear_cross_entropy, given, grad=grad, constant=constant(dtype, device)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"max_valid": 33}, {"skip_ignored": False}, {"reduction": "sum"}])
+def test_count_receives_the_targets_that_count(device, options):
+    given = inputs(torch.float32, device, **options)
+    expected = ops.linear_cross_entropy(**given)
+    count = torch.full((), -1.0, device=device)
+    assert torch.equal(ops.linear_cross_entropy(**given, count=count), expected)
+    assert count.item() == int((given["target"] != -100).sum()) == 26
+    reference.linear_cross_entropy(**given, count=count.zero_())
+    assert count.item() == 26
+
+
+@pytest.mark.gpu
+def test_bounded_step_never_waits_for_the_device():
+    """Sum, count, gradients: what a captured training step uses, under torch's watch for synchronisation."""
+    given = inputs(torch.bfloat16, "cuda", width=64, vocabulary=32768, max_valid=30, reduction="sum")
+    leaves = [given[name].requires_grad_() for name in ("hidden", "weight")]
+    count = torch.zeros((), device="cuda")
+    ops.linear_cross_entropy(**given, count=count).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = ops.linear_cross_entropy(**given, count=count)
+        torch.autograd.grad(loss, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert count.item() == 26
+
+
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_few_rows(device, rows):
     given = inputs(torch.float32, device, rows=rows, ignored=False)
@@ -207,6 +245,10 @@ def test_chunk_sizes_follow_the_budget():
         ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum'; received 'none'"),
         ({"max_valid": -1}, ValueError, "max_valid must not be negative; received -1"),
         ({"memory_budget": 0}, ValueError, "memory_budget must be a positive number of bytes; received 0"),
+        ({"bias": torch.zeros(8)}, ValueError, r"bias must have shape \(7\); received \(8,\)"),
+        ({"bias": torch.zeros(7).half()}, TypeError, "bias must have the dtype of hidden"),
+        ({"count": torch.zeros(1)}, ValueError, r"count must have shape \(\); received \(1,\)"),
+        ({"count": torch.zeros((), dtype=torch.int64)}, TypeError, "count must have dtype float32; received int64"),
     ],
 )
 def test_wrong_arguments_are_refused(change, error, text):

@@ -25,6 +25,8 @@ from dropforge_kernels.ops.linear_logprobs import linear_logprobs as linear_logp
 from dropforge_kernels.ops.nf4_dequantize import nf4_dequantize as nf4_dequantize
 from dropforge_kernels.ops.nf4_group import nf4_dequantize_group as nf4_dequantize_group
 from dropforge_kernels.ops.nf4_group import nf4_group as nf4_group
+from dropforge_kernels.ops.packed_attention import document_bounds as document_bounds
+from dropforge_kernels.ops.packed_attention import packed_attention as packed_attention
 from dropforge_kernels.ops.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.ops.qk_norm import qk_norm_rope as qk_norm_rope
 from dropforge_kernels.ops.rms_norm import add_rms_norm as add_rms_norm

@@ -49,27 +49,35 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def row_block(width: int, *, forward: bool) -> tuple[int, int, int]:
+def row_block(width: int, rows: int, *, forward: bool) -> tuple[int, int, int]:
     """(BLOCK_H, BLOCK_R, warps) of a kernel that holds whole rows.
 
-    Measured on an H200 over widths 1,024 to 4,096: one row a program, and one warp per 512 elements that are really
-    there in a forward, per 1,024 in a backward; from 4,096 on a forward takes two rows and 16 warps. Narrow rows
-    share a program of 1,024 elements.
+    Measured on an H200 over widths 1,024 to 4,096 and 1,024 to 16,384 rows: one row a program, and one warp per 512
+    elements that are really there in a forward, per 1,024 in a backward. A forward takes two rows and 16 warps from
+    4,096 on when there is much to do (32M elements), two rows and 4 warps at 1,024. Narrower rows share a program.
     """
     block_h = next_power_of_2(width)
-    if forward and 4096 <= block_h <= 8192 and width >= 4096:
+    if forward and 4096 <= block_h <= 8192 and width >= 4096 and rows * width > 32 << 20:
         return block_h, 2, 16
+    if forward and block_h <= 1024:
+        return block_h, min(16, 2048 // block_h), 4
     warps = next_power_of_2(width // (512 if forward else 1024) + 1) // 2
     return block_h, max(1, min(16, 1024 // block_h)), max(2, min(16, warps))
 
 
-def summing_rows(width: int, blocks: int, x: torch.Tensor) -> tuple[int, int, int]:
-    """(warps, programs, loads in flight) of a backward that also sums over ``blocks`` blocks of rows of x.
+def summing_rows(width: int, rows: int, x: torch.Tensor, *, sums: int = 1) -> tuple[int, int, int, int]:
+    """(warps, programs, loads in flight, BLOCK_R) of a backward that also makes ``sums`` sums over the rows of x.
 
     Measured on an H200: few programs walk many rows (at least 8), so that the partial sums stay a few per cent of the
-    traffic, and keep three rows of two tensors in flight while they fit in shared memory.
+    traffic, and keep three rows of two tensors in flight while they fit in shared memory. Rows of 1,024 in pairs.
+    What does not fill its power of two (2,560) wants more warps for one sum.
     """
     block_h = next_power_of_2(width)
     stages = 3 if 6 * block_h * x.element_size() <= 128 << 10 else 1
-    most = max(2, min(8, 8192 // block_h)) * processors(x.device)
-    return max(2, min(16, block_h // 1024)), min(-(-blocks // 8), most), stages
+    if block_h <= 1024:
+        block_r, warps, per_processor = min(16, 2048 // block_h), 4, 4
+    else:
+        block_r, warps, per_processor = 1, max(4, min(16, block_h // 1024)), max(2, min(4, 8192 // block_h))
+        if sums == 1 and 2048 < width <= 3072:
+            warps, per_processor = 8, 3
+    return warps, min(-(-rows // max(8, block_r)), per_processor * processors(x.device)), stages, block_r

@@ -10,43 +10,48 @@ import triton
 import triton.language as tl
 
 LOG2_10 = tl.constexpr(3.321928094887362)
+LOG10_2 = tl.constexpr(0.3010299956639812)
 SMALLEST_ABSMAX = tl.constexpr(1e-37)  # below, a reciprocal would overflow
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def _cell(relative, SIGNED: tl.constexpr):
+def _cell(relative, SIGNED: tl.constexpr, COMPILED: tl.constexpr):
     """Index of the dynamic map's nearest value for 0 <= relative <= 1, counted from its zero.
 
-    Decade i = 0..6 ends at 10^(i - 6) and has n = n0 2^i cells; its codes start at index n - n0 + 1. The border
-    between decades is half way between the middles of the cells beside it: 0.9 / n above the lower one's end.
-    Selecting among constants is cheaper here than a logarithm and conversions, which queue for the special-function
-    units."""
+    Decade k = 0..6, counted from the top, ends at 10^-k and has n = n0 2^(6 - k) cells of width 0.9 10^-k / n; its
+    codes start at index n - n0 + 1. The border between decades is half way between the middles of the cells beside
+    it: 0.2 cells above the lower one's end. A logarithm finds the decade; should its rounding name a neighbour, the
+    bounds of the cell's number mend that."""
     n0: tl.constexpr = 1 if SIGNED else 2
-    n = tl.full(relative.shape, n0, tl.float32)
-    factor = tl.full(relative.shape, n0 * 1e6 / 0.9, tl.float32)  # cells per unit
-    for i in tl.static_range(1, 7):
-        above = relative >= (10.0 ** (i - 7)) * (1.0 + 0.9 / (n0 * 2.0 ** (i - 1)))
-        n = tl.where(above, n0 * 2.0**i, n)
-        factor = tl.where(above, n0 * 2.0**i * 10.0 ** (6 - i) / 0.9, factor)
-    cell = relative * factor - n * 0.11111111
-    # Adding ROUNDER rounds to the nearest integer and leaves it in the low bits; round(x - 0.5) is floor(x).
-    floored = tl.minimum(tl.maximum(cell - 0.5, -0.25), n - 1.0) + n + ROUNDER
+    known = tl.maximum(relative, 1.05e-7)
+    if COMPILED:  # one instruction, where tl.log2 is a polynomial
+        log = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [known], tl.float32, is_pure=True, pack=1)
+    else:
+        log = tl.log2(known)
+    decade = (log * -LOG10_2 - 0.5) + ROUNDER  # rounds to the nearest integer
+    # The integer is in the low bits; put under the exponent it makes a power of two.
+    n = (((127 + 6 + n0 - 1) << 23) - (decade.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+    scaled = relative * tl.exp2((decade - ROUNDER) * LOG2_10)
+    cell = (scaled * 1.1111111 - 0.11111111) * n
+    # round(x - 0.5) is floor(x); below 0.2 the second term gives -1, the lower decade's last cell
+    floored = tl.minimum(tl.minimum(cell - 0.5, 4.0 * cell - 1.3), n - 1.0) + (n + ROUNDER)
     index = floored.to(tl.int32, bitcast=True) - (ROUNDER_BITS + n0 - 1)
-    index = tl.where(relative < 0.5e-6 * (0.1 + 0.45 / n0), 0, index)
+    if SIGNED:  # half way between zero and the first value; without sign it never matters
+        index = tl.where(relative < 2.75e-7, 0, tl.maximum(index, 1))
     return tl.where(relative >= 1.0 - 0.225 / (n0 * 64.0), 64 * n0 * 2 - n0 + 1, index)
 
 
 @triton.jit
-def encode(value, absmax, SIGNED: tl.constexpr):
-    """uint8 codes of [B, 256] values with absmax [B]."""
+def encode(value, absmax, SIGNED: tl.constexpr, COMPILED: tl.constexpr):
+    """uint8 codes of [B, 256] values with absmax [B]; COMPILED: not in the interpreter."""
     relative = value * (1.0 / tl.maximum(absmax, SMALLEST_ABSMAX))[:, None]
     if SIGNED:
-        size = _cell(tl.abs(relative), True)
+        size = _cell(tl.abs(relative), True, COMPILED)
         code = 127 + tl.where(relative < 0.0, -tl.minimum(size, 127), size)
     else:
-        code = tl.maximum(_cell(relative, False), (relative > 0.0).to(tl.int32))
+        code = tl.maximum(_cell(relative, False, COMPILED), (relative > 0.0).to(tl.int32))
     return code.to(tl.uint8)
 
 

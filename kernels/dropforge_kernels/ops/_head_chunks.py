@@ -178,19 +178,28 @@ def _split(start: int, stop: int, size: int, order: torch.Tensor | None, target:
 class Head:
     """One pass over the chunks: holds the buffers, hands out logits, takes gradients back.
 
-    ``hidden`` (N, H) and ``weight`` (V, H) in one dtype. ``d_hidden`` (N, H) in that dtype and ``d_weight`` (V, H) in
-    fp32, or None.
+    ``hidden`` (N, H), ``weight`` (V, H) and ``bias`` (V) in one dtype. ``d_hidden`` (N, H) in that dtype, ``d_weight``
+    (V, H) and ``d_bias`` (V) in fp32, or None.
     """
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, rows_per_chunk: int, *, need_hidden: bool, need_weight: bool
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        rows_per_chunk: int,
+        *,
+        need_hidden: bool,
+        need_weight: bool,
+        bias: torch.Tensor | None = None,
+        need_bias: bool = False,
     ) -> None:
         self.hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        self.weight = weight
+        self.weight, self.bias = weight, bias
         rows, width = hidden.shape
         self.logits = hidden.new_empty((rows_per_chunk, weight.shape[0]))
         self.d_hidden = hidden.new_zeros((rows, width)) if need_hidden else None
         self.d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        self.d_bias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
         self.gathered = self.scattered = None  # made on first use: only compacted rows need them
 
     def logits_of(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,11 +213,16 @@ class Head:
             part = self.gathered[:rows]
             _move_rows(self.hidden, part, chunk.index, self.hidden.shape[0], gather=True)
         logits = self.logits[:rows]
-        torch.mm(part, self.weight.t(), out=logits)
+        if self.bias is None:
+            torch.mm(part, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, part, self.weight.t(), out=logits)
         return part, logits
 
     def take_gradient(self, chunk: Chunk, part: torch.Tensor, d_logits: torch.Tensor) -> None:
-        """Adds what d_logits (R, V) contributes to d_hidden and d_weight."""
+        """Adds what d_logits (R, V) contributes to d_hidden, d_weight and d_bias."""
+        if self.d_bias is not None:
+            self.d_bias += d_logits.sum(0, dtype=torch.float32)
         if self.d_hidden is not None:
             if chunk.index is None:
                 torch.mm(d_logits, self.weight, out=self.d_hidden[chunk.start : chunk.stop])

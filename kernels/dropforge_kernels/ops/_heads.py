@@ -26,14 +26,15 @@ def tile(heads_q: int, heads_k: int, width: int, half: int | None, *, norm_token
     """About 1,024 elements a program: heads first (up to 8, no more than the smaller of q and k has), then tokens.
 
     Measured on an H200: 2 warps for rotation alone and for the norm's backward. The norm's forward (``norm_tokens``)
-    wants twice the tokens at large sizes, and 4 warps at sizes that do not fill the GPU.
+    wants at most 4 heads and 1 warp at large sizes, and 4 warps at sizes that do not fill the GPU.
     """
     half = width // 2 if half is None else half
     padded = next_power_of_2(width)
     block_n = max(1, min(next_power_of_2(min(heads_q, heads_k)), 8, 1024 // padded))
     block_t, warps = max(1, min(16, 1024 // (block_n * padded))), 2
     if norm_tokens is not None and norm_tokens * (heads_q + heads_k) * width > 8 << 20:
-        block_t *= 2
+        block_n, warps = min(block_n, 4), 1
+        block_t = max(1, min(16, 1024 // (block_n * padded)))
     elif norm_tokens is not None and padded <= 128:
         warps = 4
     rest = width - 2 * half

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from dropforge_kernels.ops._shared_rows import shared_row_loss
 from dropforge_kernels.ops._vocabulary_rows import (
     WIDTH,
     lanes_for,
@@ -15,10 +16,10 @@ from dropforge_kernels.ops._vocabulary_rows import (
     row_loss_kernel,
 )
 
-FUSED_WARPS, FUSED_GROUPS, FUSED_GROUPS_OUT = 32, 2, 1
-"""Loss and gradient in one launch, rows above 16,384 values: warps of a program, groups of WIDTH values a thread reads
-at a time in the first and second pass. Best of a sweep on an H200; so is keeping the masks in the loops: without them
-the same kernel is 1.2 to 1.6 times slower.
+SHARED_LIMIT, SHARED_PART, SHARED_WARPS, SHARED_GROUPS = 16384, 16384, 8, (2, 1)
+"""Loss and gradient in one launch on a GPU: rows above SHARED_LIMIT values are shared by programs of SHARED_PART.
+Warps, and groups of WIDTH values that a thread reads at a time in the first and second pass. Best of a sweep of 36 on
+an H200 over vocabularies of 128K to 262K.
 """
 
 
@@ -49,10 +50,14 @@ def row_loss(
     rows, vocabulary = logits.shape
     if rows == 0:
         return
+    if gradient and vocabulary > SHARED_LIMIT and logits.is_cuda:
+        shared_row_loss(
+            logits, target, rule, nll=nll, lse=lse, entropy=entropy, upstream=upstream, part=SHARED_PART,
+            warps=SHARED_WARPS, groups=SHARED_GROUPS,
+        )  # fmt: skip
+        return
     # One program per row.
-    fused = gradient and vocabulary > 16384
-    warps = FUSED_WARPS if fused else (8 if vocabulary > 4096 else 4)
-    groups, groups_out = (FUSED_GROUPS, FUSED_GROUPS_OUT) if fused else (2, 1)
+    warps, groups, groups_out = (8 if vocabulary > 4096 else 4), 2, 1
     row_loss_kernel[(rows,)](
         logits,
         logits,
@@ -136,9 +141,10 @@ def reduce_loss(
     reduction: str,
     num_items: torch.Tensor | None,
     limit: int | None = None,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, scale), both fp32 scalars: scale = 1 / divisor, loss = scale * sum(nll) (0 where nll is None). Nothing
-    waits for the GPU.
+    """(loss, scale), both fp32 scalars: scale = 1 / divisor, loss = scale * sum(nll) (0 where nll is None). ``count``
+    (fp32 scalar) receives the number of targets that count. Nothing waits for the GPU.
     """
     loss, scale = torch.zeros(2, dtype=torch.float32, device=target.device).unbind() if nll is None else _two(target)
     reduce_loss_kernel[(1,)](
@@ -147,12 +153,14 @@ def reduce_loss(
         num_items if num_items is not None else scale,
         loss,
         scale,
+        count if count is not None else scale,
         target.numel(),
         target.numel() if limit is None else limit,
         ignore_index,
         MEAN=reduction == "mean",
         HAS_ITEMS=num_items is not None,
         SUM_LOSS=nll is not None,
+        STORE_COUNT=count is not None,
         BLOCK=4096,
         num_warps=8,
     )

@@ -44,7 +44,7 @@ def _scaled(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _row_statistics(
+def _row_sums(
     row_ptr,
     V,
     logit_scale,
@@ -55,36 +55,50 @@ def _row_statistics(
     EVICTION: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    NARROW: tl.constexpr = False,
 ):
-    """(lse, sum of z or 0, entropy or 0) of one row, read once."""
+    """(peak, sum of exp(z - peak), sum of z or 0, sum of exp(z - peak) z or 0) of V values, read once.
+
+    NARROW: logits of 16 bits without soft-cap or sum. Scale and base-2 exponent are then one multiply-add per value
+    (a rounding step of fp32 off, far below the logits' own), and values past the end are read as -inf."""
     offsets = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    peak = tl.full([LANES], LOWEST, tl.float32)  # running maximum of z, per lane
+    # Running maximum per lane, of z or (NARROW) of x: then so small that no scale makes it infinite.
+    peak = tl.full([LANES], -1.0e30 if NARROW else LOWEST, tl.float32)
     mass = tl.zeros([LANES], tl.float32)  # sum of exp(z - peak)
     total = tl.zeros([LANES], tl.float32)
     moment = tl.zeros([LANES], tl.float32)  # sum of exp(z - peak) * z
     for start in range(0, V, LANES * WIDTH):
         mask = start + offsets < V
-        x = tl.load(row_ptr + start + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
-        z = _scaled(x, logit_scale, softcap, HAS_SOFTCAP)
-        if NEED_SUM:
-            total += tl.sum(tl.where(mask, z, 0.0), axis=1)
-        y = tl.where(mask, z, -float("inf"))
-        higher = tl.maximum(peak, tl.max(y, axis=1))
-        shrink = tl.exp2((peak - higher) * LOG2E)
-        e = tl.exp2((y - higher[:, None]) * LOG2E)
-        mass = mass * shrink + tl.sum(e, axis=1)
-        if NEED_ENTROPY:
-            # a masked-out vocabulary entry (z = -inf) has p z = 0
-            moment = moment * shrink + tl.sum(e * tl.where(e > 0.0, y, 0.0), axis=1)
-        peak = higher
+        if NARROW:
+            x = tl.load(row_ptr + start + offsets, mask=mask, other=-float("inf"), eviction_policy=EVICTION)
+            x = x.to(tl.float32)
+            slope = logit_scale * LOG2E
+            higher = tl.maximum(peak, tl.max(x, axis=1))
+            shrink = tl.exp2((peak - higher) * slope)
+            e = tl.exp2(x * slope - (higher * slope)[:, None])
+            if NEED_ENTROPY:
+                moment = moment * shrink + tl.sum(e * tl.where(e > 0.0, x * logit_scale, 0.0), axis=1)
+            mass = mass * shrink + tl.sum(e, axis=1)
+            peak = higher
+        else:
+            x = tl.load(row_ptr + start + offsets, mask=mask, other=0.0, eviction_policy=EVICTION)
+            z = _scaled(x, logit_scale, softcap, HAS_SOFTCAP)
+            if NEED_SUM:
+                total += tl.sum(tl.where(mask, z, 0.0), axis=1)
+            y = tl.where(mask, z, -float("inf"))
+            higher = tl.maximum(peak, tl.max(y, axis=1))
+            shrink = tl.exp2((peak - higher) * LOG2E)
+            e = tl.exp2((y - higher[:, None]) * LOG2E)
+            mass = mass * shrink + tl.sum(e, axis=1)
+            if NEED_ENTROPY:
+                # a masked-out vocabulary entry (z = -inf) has p z = 0
+                moment = moment * shrink + tl.sum(e * tl.where(e > 0.0, y, 0.0), axis=1)
+            peak = higher
+    if NARROW:
+        peak *= logit_scale
     top = tl.max(peak, axis=0)
     weight = tl.exp2((peak - top) * LOG2E)
-    all_mass = tl.sum(mass * weight, axis=0)
-    lse = top + tl.log2(all_mass) * LN2
-    entropy = 0.0
-    if NEED_ENTROPY:
-        entropy = lse - tl.sum(moment * weight, axis=0) / all_mass
-    return lse, tl.sum(total, axis=0), entropy
+    return top, tl.sum(mass * weight, axis=0), tl.sum(total, axis=0), tl.sum(moment * weight, axis=0)
 
 
 @triton.jit
@@ -155,9 +169,11 @@ def row_loss_kernel(
         inside = (target >= 0) & (target < V)
         at_target = tl.load(row_ptr + target, mask=inside, other=float("nan"))
         z_target = _scaled(at_target, logit_scale, softcap, HAS_SOFTCAP)
-        lse, total, entropy = _row_statistics(
+        peak, mass, total, moment = _row_sums(
             row_ptr, V, logit_scale, softcap, HAS_SOFTCAP, NEED_SUM, NEED_ENTROPY, EVICTION, LANES, WIDTH
         )
+        lse = peak + tl.log2(mass) * LN2
+        entropy = lse - moment / mass
         lse = tl.where(inside, lse, float("nan"))
         nll = (1.0 - smoothing) * (lse - z_target) + z_weight * lse * lse
         if NEED_SUM:
@@ -239,15 +255,18 @@ def reduce_loss_kernel(
     items_ptr,
     loss_ptr,
     scale_ptr,
+    count_ptr,
     N,
     limit,
     ignore_index,
     MEAN: tl.constexpr,
     HAS_ITEMS: tl.constexpr,
     SUM_LOSS: tl.constexpr,
+    STORE_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: scale = 1 / max(divisor, 1) and loss = scale * sum(nll), in a fixed order.
+    """One program: scale = 1 / max(divisor, 1), loss = scale * sum(nll) in a fixed order, and the number of rows that
+    are not ignored.
 
     divisor = items[0] if given, else the number of rows that are not ignored (MEAN), else 1. NaN when more than
     ``limit`` rows are not ignored: the caller promised fewer and rows were left out."""
@@ -267,6 +286,8 @@ def reduce_loss_kernel(
         divisor = tl.maximum(count.to(tl.float32), 1.0)
     scale = tl.where(count > limit, float("nan"), 1.0 / divisor)
     tl.store(scale_ptr, scale)
+    if STORE_COUNT:
+        tl.store(count_ptr, count.to(tl.float32))
     if SUM_LOSS:
         tl.store(loss_ptr, tl.sum(total, axis=0) * scale)
 

@@ -26,6 +26,8 @@ from dropforge_kernels.ops._dynamic_map import decode, encode
 from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState
 
 OP = "adamw"
+TILE = (8, 4)
+"""State blocks and warps of a program with 8-bit states: best of a sweep on an H200."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -63,6 +65,7 @@ def _adamw_kernel(
     CLIP: tl.constexpr,
     LR_TENSOR: tl.constexpr,
     COPY: tl.constexpr,
+    COMPILED: tl.constexpr,
     BLOCKS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -106,8 +109,8 @@ def _adamw_kernel(
             v_absmax = tl.max(v, axis=1)
             tl.store(m_absmax_ptr + block, m_absmax, mask=block_mask)
             tl.store(v_absmax_ptr + block, v_absmax, mask=block_mask)
-            tl.store(m_ptr + at, encode(m, m_absmax, True), mask=mask)
-            tl.store(v_ptr + at, encode(v, v_absmax, False), mask=mask)
+            tl.store(m_ptr + at, encode(m, m_absmax, True, COMPILED), mask=mask)
+            tl.store(v_ptr + at, encode(v, v_absmax, False, COMPILED), mask=mask)
         else:
             tl.store(m_ptr + at, m, mask=mask)
             tl.store(v_ptr + at, v, mask=mask)
@@ -151,7 +154,7 @@ def _(grad):
 
 def _launch(param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, lr, beta1, beta2, eps, decay, max_norm):
     eight = absmax is not None
-    blocks = 4
+    blocks, warps = TILE if eight else (4, 4)
     _adamw_kernel[(max(1, triton.cdiv(param.numel(), blocks * STATE_BLOCK)),)](
         param,
         grad,
@@ -177,9 +180,10 @@ def _launch(param, grad, m, v, step, absmax, absmax_sq, lr_tensor, norm, copy, l
         CLIP=norm is not None and max_norm is not None,
         LR_TENSOR=lr_tensor is not None,
         COPY=copy is not None,
+        COMPILED=param.is_cuda,
         BLOCKS=blocks,
         SIZE=STATE_BLOCK,
-        num_warps=4,
+        num_warps=warps,
     )
 
 
@@ -264,9 +268,11 @@ def adamw(
     masters for small updates). state: from ``adamw_state(param)``. lr: a number, or a one-element tensor on the
     device (so that a captured graph follows a schedule). grad_norm: the gradient's norm (``gradient_norm``, or
     reduced over ranks): clips to max_norm if that is given, and a value that is not finite skips the step.
-    low_precision: (n) receives the updated parameters in its own dtype in the same pass. No host wait; can be
-    captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
+    low_precision: (n) receives the updated parameters in its own dtype in the same pass. No host wait: step count,
+    rate and norm are read on the device, so one captured graph serves a whole schedule. Raises TypeError and
+    ValueError for wrong dtypes, shapes, devices and options."""
     _check(param, grad, state, betas, eps, grad_norm, max_norm, low_precision)
+    _check_device_scalars(param, state.step, lr)
     options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "grad_norm": grad_norm, "max_norm": max_norm}
     if choose(OP, param, grad, state.exp_avg).backend is Backend.REFERENCE:
         reference.adamw(param, grad, state, lr=lr, low_precision=low_precision, **options)
@@ -308,3 +314,15 @@ def _check(param, grad, state, betas, eps, grad_norm, max_norm, low_precision):
             raise ValueError(f"{OP}: max_norm needs grad_norm (see gradient_norm); received None")
         if not max_norm > 0:
             raise ValueError(f"{OP}: max_norm must be positive; received {max_norm}")
+
+
+def _check_device_scalars(param, step, lr):
+    """A pointer to another device's memory would be read as it is: refuse it here."""
+    if step.dtype is not torch.int32 or tuple(step.shape) != (2,):
+        raise ValueError(f"{OP}: state.step must be int32 of shape (2,); received {step.dtype} {tuple(step.shape)}")
+    check_same_device(OP, **{"param": param, "state.step": step})
+    if isinstance(lr, torch.Tensor):
+        check_dtype(OP, "lr", lr)
+        check_same_device(OP, param=param, lr=lr)
+        if lr.numel() != 1:
+            raise ValueError(f"{OP}: lr must be a number or one value; received shape {tuple(lr.shape)}")

@@ -5,17 +5,22 @@ Legend: B sequences, T tokens; everything below only over tokens with mask 1; ad
 
     level "token":     r_bt = exp(logp_bt - old_bt)
     level "sequence":  r_b  = exp(mean_t (logp_bt - old_bt))                                   (GSPO)
-    l_bt = -min(min(r, delta) a, clip(r, 1 - epsilon, 1 + epsilon_high) a) + beta k_bt
+    l_bt = s_bt + beta k_bt
+    s_bt = -min(min(r, delta) a, clip(r, 1 - epsilon, 1 + epsilon_high) a)                     (clipped surrogate)
+           -constant(min(r, epsilon_high)) a logp_bt                                           (cispo)
+           -4 / tau sigmoid(tau (r - 1)) a,    tau one of two temperatures: a > 0, a <= 0      (sapo)
     k_bt = exp(ref_bt - logp_bt) - (ref_bt - logp_bt) - 1                                      (k3 estimator of KL to
     the reference)
 
     grpo     mean over b of (sum_t l_bt / tokens_b)          dr_grpo  sum l / (B max_completion_length)
-    bnpo     sum l / tokens of this batch                    dapo     sum l / num_items_in_batch (default: tokens of
-    this batch)
+    sapo     as grpo                                         luspo    mean over b of sum_t l_bt
+    bnpo     sum l / tokens of this batch                    dapo, cispo   sum l / num_items_in_batch (default: tokens
+    of this batch)
 
 Exponents are clamped to +-20, divisors are at least 1, masked tokens never enter an exponential. Sources:
 DeepSeekMath (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071),
-two-sided clipping: INTELLECT-2 (arXiv:2505.07291); names as in TRL's GRPOConfig."""
+two-sided clipping: INTELLECT-2 (arXiv:2505.07291), CISPO: MiniMax-M1 (arXiv:2506.13585), SAPO (arXiv:2511.20347),
+LUSPO (arXiv:2602.05261); names as in TRL's GRPOConfig."""
 
 from __future__ import annotations
 
@@ -36,7 +41,7 @@ from dropforge_kernels.checks import (
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops.cross_entropy import items_tensor
 from dropforge_kernels.ops.linear_cross_entropy import scale_gradient
-from dropforge_kernels.reference.grpo_loss import LEVELS, LOSS_TYPES, GrpoLoss
+from dropforge_kernels.reference.grpo_loss import LEVELS, LOSS_TYPES, GrpoLoss, ratio_bounds
 
 OP = "grpo_loss"
 LIMIT = tl.constexpr(20.0)
@@ -57,6 +62,14 @@ def _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA: tl.constexpr
 
 
 @triton.jit
+def _soft(ratio, inside, advantage, tau):
+    """(loss, d loss / d log ratio) of the soft gate."""
+    gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
+    slope = tl.where(inside, -4.0 * gate * (1.0 - gate) * ratio * advantage, 0.0)
+    return -4.0 / tau * gate * advantage, slope
+
+
+@triton.jit
 def _grpo_kernel(
     logp_ptr,
     old_ptr,
@@ -70,11 +83,14 @@ def _grpo_kernel(
     high,
     delta,
     beta,
+    tau_positive,
+    tau_negative,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     SEQUENCE: tl.constexpr,
     PER_SEQUENCE_MEAN: tl.constexpr,
+    SURROGATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One sequence: gradient (T), and sums[b] = (loss, tokens, kl, clipped low, clipped high)."""
@@ -96,6 +112,7 @@ def _grpo_kernel(
     weight = 1.0
     if PER_SEQUENCE_MEAN:
         weight = 1.0 / least_one
+    tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
     loss = tl.zeros([BLOCK], tl.float32)
     kl_sum = tl.zeros([BLOCK], tl.float32)
     below = tl.zeros([BLOCK], tl.float32)
@@ -113,7 +130,13 @@ def _grpo_kernel(
         inside = tl.abs(log_ratio) <= LIMIT
         # The propagating clamp: a NaN log-probability must reach the loss.
         ratio = tl.exp(tl.clamp(log_ratio, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL))
-        value, slope = _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA)
+        if SURROGATE == "cispo":  # the weight is a constant: no gradient through the ratio
+            slope = -tl.minimum(ratio, high) * advantage
+            value = slope * logp
+        elif SURROGATE == "sapo":
+            value, slope = _soft(ratio, inside, advantage, tau)
+        else:
+            value, slope = _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA)
         value = tl.where(ratio != ratio, ratio, value)
         if HAS_REF:
             difference = tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float32) - logp
@@ -148,6 +171,8 @@ def _forward(
     delta: float | None,
     beta: float,
     max_completion_length: int,
+    tau_positive: float,
+    tau_negative: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, means (3), 1 / divisor, undivided gradient (B, T) fp32)."""
     batch, length = logprobs.shape
@@ -167,18 +192,21 @@ def _forward(
             high,
             delta if delta is not None else 0.0,
             beta,
+            tau_positive,
+            tau_negative,
             HAS_OLD=old is not None,
             HAS_REF=ref is not None,
             HAS_DELTA=delta is not None,
             SEQUENCE=sequence,
-            PER_SEQUENCE_MEAN=loss_type == "grpo",
+            PER_SEQUENCE_MEAN=loss_type in ("grpo", "sapo"),
+            SURROGATE=loss_type if loss_type in ("cispo", "sapo") else "clipped",
             BLOCK=min(1024, triton.next_power_of_2(max(16, length))),
             num_warps=4,
         )
     totals = sums.sum(0)
     share = totals[1].clamp_min(1)
-    if loss_type in ("grpo", "dr_grpo"):
-        divisor = batch if loss_type == "grpo" else batch * max_completion_length
+    if loss_type in ("grpo", "sapo", "luspo", "dr_grpo"):
+        divisor = batch * max_completion_length if loss_type == "dr_grpo" else batch
         scale = torch.full_like(share, 1.0 / max(1, divisor))
     else:
         scale = (share if items is None else items.reshape(()).float().clamp_min(1)).reciprocal()
@@ -200,9 +228,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_loss, *_: object):
     if d_loss is None:
-        return (None,) * 13
+        return (None,) * 15
     scale, gradient = ctx.saved_tensors
-    return (scale_gradient(gradient, scale, d_loss, ctx.dtype, 1), *(None,) * 12)
+    return (scale_gradient(gradient, scale, d_loss, ctx.dtype, 1), *(None,) * 14)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -223,20 +251,24 @@ def grpo_loss(
     beta: float = 0.0,
     max_completion_length: int | None = None,
     num_items_in_batch: torch.Tensor | float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
 ) -> GrpoLoss:
     """Loss of the GRPO family; formulas at the top of this file. Differentiable in ``logprobs`` only.
 
     logprobs, old_logprobs (None: the current ones, ratio 1), ref_logprobs (needed with beta > 0): (B, T) bf16, fp16
     or fp32, of the completion tokens. advantages: (B) float. mask: (B, T), non-zero where a token counts; values
     elsewhere may be anything, NaN too. importance_sampling_level "sequence" with loss_type "grpo" is GSPO.
-    max_completion_length: for dr_grpo. num_items_in_batch: for dapo. Returns GrpoLoss, all fp32 scalars, kl and the
-    clipped shares detached. Accumulation fp32; saved for backward: the gradient. No host wait; can be captured.
-    Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
+    max_completion_length: for dr_grpo. num_items_in_batch: for dapo and cispo. epsilon_high with cispo: the greatest
+    weight itself (5.0 is common), needed. Returns GrpoLoss, all fp32 scalars, kl and the clipped shares detached
+    (cispo clips from above only, sapo nothing). Accumulation fp32; saved for backward: the gradient. No host wait;
+    can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
     high = epsilon if epsilon_high is None else epsilon_high
     _check(logprobs, advantages, mask, old_logprobs, ref_logprobs)
     _check_options(
         loss_type, importance_sampling_level, epsilon, high, delta, beta, ref_logprobs, max_completion_length
     )
+    _check_variants(loss_type, epsilon_high, delta, sapo_temperature_pos, sapo_temperature_neg)
     if choose(OP, logprobs, advantages, mask, old_logprobs, ref_logprobs).backend is Backend.REFERENCE:
         return reference.grpo_loss(
             logprobs,
@@ -252,8 +284,11 @@ def grpo_loss(
             beta=beta,
             max_completion_length=max_completion_length,
             num_items_in_batch=num_items_in_batch,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
         )
-    items = items_tensor(OP, num_items_in_batch, logprobs.device) if loss_type == "dapo" else None
+    items = items_tensor(OP, num_items_in_batch, logprobs.device) if loss_type in ("dapo", "cispo") else None
+    low, high = ratio_bounds(loss_type, epsilon, high)
     loss, means, _, _ = _forward(
         logprobs.contiguous(),
         None if old_logprobs is None else old_logprobs.detach().contiguous(),
@@ -263,11 +298,13 @@ def grpo_loss(
         items,
         loss_type,
         importance_sampling_level == "sequence",
-        1 - epsilon,
-        1 + high,
+        low,
+        high,
         delta,
         beta,
         max_completion_length or 0,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
     )
     return GrpoLoss(loss, *means.detach().unbind())
 
@@ -301,3 +338,12 @@ def _check_options(loss_type, level, low, high, delta, beta, ref, max_completion
         raise ValueError(f"{OP}: beta above 0 needs ref_logprobs; received None")
     if loss_type == "dr_grpo" and not max_completion_length:
         raise ValueError(f"{OP}: loss_type 'dr_grpo' needs max_completion_length; received {max_completion_length}")
+
+
+def _check_variants(loss_type, epsilon_high, delta, tau_positive, tau_negative):
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ValueError(f"{OP}: loss_type 'cispo' needs epsilon_high, the greatest weight; received None")
+    if loss_type in ("cispo", "sapo") and delta is not None:
+        raise ValueError(f"{OP}: delta belongs to the clipped surrogate, not to {loss_type!r}; received {delta}")
+    if not (tau_positive > 0 and tau_negative > 0):
+        raise ValueError(f"{OP}: the temperatures must be positive; received {tau_positive} and {tau_negative}")

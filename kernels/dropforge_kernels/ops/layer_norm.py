@@ -17,7 +17,7 @@ import triton.language as tl
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._common import as_rows, register, row_block, summing_rows
-from dropforge_kernels.ops._sum_rows import sum_rows
+from dropforge_kernels.ops._sum_rows import counter, finish_cut, finish_sum
 
 MAX_WIDTH = 65536
 
@@ -46,11 +46,14 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, dy_stride, x_stride, rows, steps,
+    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, sums_ptr, counter_ptr,
+    dy_stride, x_stride, rows, steps,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PARAMETERS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SLICES: tl.constexpr, SUM_R: tl.constexpr, SUM_C: tl.constexpr,
 ):  # fmt: skip
-    """dx for ``steps`` blocks of rows; the program's sums of dy * n and dy go to its two rows of ``partial``."""
+    """dx for ``steps`` blocks of rows; the program's sums of dy * n and dy go to its row of ``partial``, and the
+    programs that finish last sum those.
+    """
     col = tl.arange(0, BLOCK_H)[None, :]
     weight = tl.load(weight_ptr + col, mask=col < WIDTH, other=0.0).to(tl.float32)
     if PARAMETERS:
@@ -80,6 +83,7 @@ def _backward_kernel(
         base = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * WIDTH
         tl.store(base + out, tl.sum(weight_sum, axis=0), mask=out < WIDTH)
         tl.store(base + WIDTH + out, tl.sum(bias_sum, axis=0), mask=out < WIDTH)
+        finish_sum(partial_ptr, sums_ptr, counter_ptr, 2 * WIDTH, SLICES, SUM_R, SUM_C)
 
 
 def _forward(x, weight, bias, eps):
@@ -89,7 +93,7 @@ def _forward(x, weight, bias, eps):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
-        block_h, block_r, warps = row_block(width, forward=True)
+        block_h, block_r, warps = row_block(width, rows, forward=True)
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, weight, bias, y, mean, rstd, x_stride, rows, eps, width, block_h, block_r, bias is not None,
             num_warps=warps,
@@ -97,32 +101,31 @@ def _forward(x, weight, bias, eps):
     return y, mean, rstd
 
 
-def _backward(dy, x, weight, mean, rstd, parameters):
-    """(dx, partial sums (programs, 2, H) or None)."""
+def _backward(dy, x, weight, mean, rstd, parameters, narrow):
+    """(dx, gradients of weight and bias (2, H), in weight's dtype if ``narrow`` else fp32; (2, 0) unless asked for)."""
     width = x.shape[-1]
     dy, dy_stride = as_rows(dy)
     x, x_stride = as_rows(x)
     rows = rstd.numel()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block_h, block_r, warps = row_block(width, forward=False)
+    block_h, block_r, warps = row_block(width, rows, forward=False)
     blocks = triton.cdiv(rows, block_r)
-    programs, partial, stages = blocks, None, 1
+    programs, partial, arrivals, stages = blocks, None, None, 1
+    make = torch.empty if rows else torch.zeros
+    dtype = weight.dtype if narrow else torch.float32
+    sums = make((2, width if parameters else 0), dtype=dtype, device=x.device)
     if parameters:
-        warps, programs, stages = summing_rows(width, blocks, x)
+        warps, programs, stages, block_r = summing_rows(width, rows, x, sums=2)
+        blocks = triton.cdiv(rows, block_r)
         partial = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
+        arrivals = counter(x.device)
     if rows:
         _backward_kernel[(programs,)](
-            dy, x, weight, mean, rstd, dx, partial, dy_stride, x_stride, rows, triton.cdiv(blocks, programs),
-            width, block_h, block_r, parameters, stages, num_warps=warps,
+            dy, x, weight, mean, rstd, dx, partial, sums, arrivals, dy_stride, x_stride, rows,
+            triton.cdiv(blocks, programs), width, block_h, block_r, parameters, stages, *finish_cut(x, warps),
+            num_warps=warps,
         )  # fmt: skip
-    return dx, partial
-
-
-def _backward_op(dy, x, weight, mean, rstd, parameters):
-    dx, partial = _backward(dy, x, weight, mean, rstd, parameters)
-    return dx, dx.new_empty((2, 0), dtype=torch.float32) if partial is None else sum_rows(
-        partial.view(-1, 2 * x.shape[-1]), torch.float32
-    ).view(2, -1)
+    return dx, sums
 
 
 def _forward_fake(x, weight, bias, eps):
@@ -130,8 +133,9 @@ def _forward_fake(x, weight, bias, eps):
     return x.new_empty(x.shape), rows, torch.empty_like(rows)
 
 
-def _backward_fake(dy, x, weight, mean, rstd, parameters):
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[-1] if parameters else 0), dtype=torch.float32)
+def _backward_fake(dy, x, weight, mean, rstd, parameters, narrow):
+    dtype = weight.dtype if narrow else torch.float32
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[-1] if parameters else 0), dtype=dtype)
 
 
 _FORWARD = register(
@@ -142,8 +146,8 @@ _FORWARD = register(
 )
 _BACKWARD = register(
     "layer_norm_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool parameters) -> (Tensor, Tensor)",
-    _backward_op,
+    "(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool parameters, bool narrow) -> (Tensor, Tensor)",
+    _backward,
     _backward_fake,
 )
 
@@ -152,7 +156,8 @@ def _gradients(ctx, run, dy):
     """(dx, dweight, dbias, None) by one of the two backward entry points; parameter sums only where one is needed."""
     x, weight, mean, rstd = ctx.saved_tensors
     _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-    dx, sums = run(dy, x, weight, mean, rstd, wants_weight or wants_bias)
+    narrow = ctx.bias_dtype in (None, weight.dtype)
+    dx, sums = run(dy, x, weight, mean, rstd, wants_weight or wants_bias, narrow)
     dweight = sums[0].to(weight.dtype) if wants_weight else None
     return dx, dweight, sums[1].to(ctx.bias_dtype) if wants_bias else None, None
 
@@ -168,7 +173,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, _backward_op, dy)
+        return _gradients(ctx, _backward, dy)
 
 
 def _setup(ctx, inputs, output):

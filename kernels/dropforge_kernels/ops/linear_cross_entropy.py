@@ -1,6 +1,6 @@
 """Cross-entropy of hidden states through a head, without ever forming the full logits.
 
-    loss = cross_entropy(hidden @ weight.T, target, ...)         (formula: ops/cross_entropy.py)
+    loss = cross_entropy(hidden @ weight.T + bias, target, ...)         (formula: ops/cross_entropy.py)
 
 Rows are taken a chunk at a time (ops/_head_chunks.py): logits of the chunk by the vendor GEMM in the hidden states'
 dtype, losses (fp32 statistics) and d nll / d logits in place in one launch, then d hidden = d logits W. So the
@@ -37,24 +37,30 @@ def _forward(
     weight: torch.Tensor,
     target: torch.Tensor,
     num_items: torch.Tensor | None,
+    bias: torch.Tensor | None,
     reduction: str,
     max_valid: int | None,
     skip_ignored: bool,
     rows_per_chunk: int,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
     ignore_index: int,
     logit_scale: float,
     logit_softcap: float,
     label_smoothing: float,
     z_loss_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, 1 / divisor, sum of nll's gradient to hidden (N, H) or empty, to weight (V, H) fp32 or empty)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, number of targets that count, 1 / divisor, sum of nll's gradient to hidden (N, H), weight (V, H) fp32 and
+    bias (V) fp32; each empty if not needed).
+    """
     rule = RowLoss(ignore_index, logit_scale, logit_softcap, label_smoothing, z_loss_weight)
-    head = Head(hidden, weight, rows_per_chunk, need_hidden=need_hidden, need_weight=need_weight)
+    head = Head(
+        hidden, weight, rows_per_chunk, need_hidden=need_hidden, need_weight=need_weight, bias=bias, need_bias=need_bias
+    )
     nll = torch.zeros(target.numel(), dtype=torch.float32, device=hidden.device)
     lse = torch.empty(rows_per_chunk, dtype=torch.float32, device=hidden.device)
-    backward = need_hidden or need_weight
+    backward = need_hidden or need_weight or need_bias
     for chunk in row_chunks(
         target, rows_per_chunk, ignore_index=ignore_index, max_valid=max_valid, skip_ignored=skip_ignored
     ):
@@ -64,22 +70,36 @@ def _forward(
         row_loss(logits, chunk.target, rule, nll=nll[chunk.start : chunk.stop], lse=lse[:rows], gradient=backward)
         if backward:
             head.take_gradient(chunk, part, logits)
+    count = torch.empty((), dtype=torch.float32, device=hidden.device)
     loss, scale = reduce_loss(
-        nll, target, ignore_index=ignore_index, reduction=reduction, num_items=num_items, limit=max_valid
+        nll, target, ignore_index=ignore_index, reduction=reduction, num_items=num_items, limit=max_valid, count=count
     )
     d_hidden = head.d_hidden if head.d_hidden is not None else hidden.new_empty(0)
-    d_weight = head.d_weight if head.d_weight is not None else nll.new_empty(0)
-    return loss, scale, d_hidden, d_weight
+    d_weight, d_bias = (nll.new_empty(0) if d is None else d for d in (head.d_weight, head.d_bias))
+    return loss, count, scale, d_hidden, d_weight, d_bias
 
 
 @_forward.register_fake
 def _(
-    hidden, weight, target, num_items, reduction, max_valid, skip_ignored, rows, need_hidden, need_weight, *_: object
+    hidden,
+    weight,
+    target,
+    num_items,
+    bias,
+    reduction,
+    max_valid,
+    skip_ignored,
+    rows,
+    need_hidden,
+    need_weight,
+    need_bias,
+    *_: object,
 ):
     scalar = hidden.new_empty((), dtype=torch.float32)
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     d_weight = hidden.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
-    return scalar, torch.empty_like(scalar), d_hidden, d_weight
+    d_bias = hidden.new_empty(weight.shape[:1] if need_bias else (0,), dtype=torch.float32)
+    return scalar, torch.empty_like(scalar), torch.empty_like(scalar), d_hidden, d_weight, d_bias
 
 
 @torch.library.custom_op("dropforge::scale_gradient", mutates_args=())
@@ -96,20 +116,22 @@ def _(x, scale, upstream, dtype, sign):
 
 
 def _save(ctx, inputs, output) -> None:
-    hidden, weight = inputs[0], inputs[1]
-    ctx.dtypes = hidden.dtype, weight.dtype
-    ctx.needs = inputs[8], inputs[9]
+    bias = inputs[4]
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype, None if bias is None else bias.dtype
+    ctx.needs = inputs[9:12]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[2:])
 
 
 def _differentiate(ctx, d_loss, *_: object):
     if d_loss is None:
-        return (None,) * 15
-    scale, d_hidden, d_weight = ctx.saved_tensors
-    to_hidden = scale_gradient(d_hidden, scale, d_loss, ctx.dtypes[0], 1) if ctx.needs[0] else None
-    to_weight = scale_gradient(d_weight, scale, d_loss, ctx.dtypes[1], 1) if ctx.needs[1] else None
-    return (to_hidden, to_weight, *(None,) * 13)
+        return (None,) * 17
+    scale, *gradients = ctx.saved_tensors
+    to_hidden, to_weight, to_bias = (
+        scale_gradient(gradient, scale, d_loss, dtype, 1) if needed else None
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return (to_hidden, to_weight, None, None, to_bias, *(None,) * 12)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -120,6 +142,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     target: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: torch.Tensor | float | None = None,
@@ -130,21 +153,27 @@ def linear_cross_entropy(
     max_valid: int | None = None,
     skip_ignored: bool = True,
     memory_budget: int | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``cross_entropy(hidden @ weight.T, target)`` in chunks of rows; formula and method at the top of this file.
+    """``cross_entropy(hidden @ weight.T + bias, target)`` in chunks of rows; formula and method at the top of this
+    file.
 
-    hidden: (..., H), weight: (V, H), both bf16, fp16 or fp32 (one dtype; under autocast both are cast to its dtype).
-    target: (...) int64 or int32, already shifted. reduction "mean" or "sum"; num_items_in_batch replaces the divisor.
-    Result: fp32 scalar. Gradients reach hidden, and weight where it requires them (summed in fp32 over chunks). Saved
-    for backward: the gradients. max_valid: an upper bound on the targets that count, known on the host; rows beyond
-    it are never computed, nothing waits for the GPU and the call can be captured. A bound that is too low makes the
-    loss NaN. Without it the ignored rows are found on the device and their number is read on the host while the first
-    chunk runs (not during capture: then all rows are computed); skip_ignored=False computes all rows without waiting.
-    memory_budget: bytes of the logits buffer (default 400 MiB, 1 GiB with a trained head; ``budget_from_free_memory``
-    proposes one); at least 16 rows are computed at a time. A target outside [0, V) makes the loss NaN. Raises
-    TypeError and ValueError for wrong dtypes, shapes, devices and options."""
+    hidden: (..., H), weight: (V, H), bias: (V) or None, all bf16, fp16 or fp32 (one dtype; under autocast all are
+    cast to its dtype). target: (...) int64 or int32, already shifted. reduction "mean" or "sum"; num_items_in_batch
+    replaces the divisor. Result: fp32 scalar. Gradients reach hidden, and weight and bias where they require them
+    (summed in fp32 over chunks). Saved for backward: the gradients. max_valid: an upper bound on the targets that
+    count, known on the host; rows beyond it are never computed, nothing waits for the GPU and the call can be
+    captured. A bound that is too low makes the loss NaN. Without it the ignored rows are found on the device and
+    their number is read on the host while the first chunk runs (not during capture: then all rows are computed);
+    skip_ignored=False computes all rows without waiting. memory_budget: bytes of the logits buffer (default 400 MiB,
+    1 GiB with a trained head; ``budget_from_free_memory`` proposes one); at least 16 rows are computed at a time.
+    count: one fp32 value on the device that receives the number of targets that count, so that a captured step with
+    reduction "sum" can be read back as a mean. A target outside [0, V) makes the loss NaN. Raises TypeError and
+    ValueError for wrong dtypes, shapes, devices and options.
+    """
     hidden, weight = autocast_pair(hidden, weight)
     check_head(OP, hidden, weight, target, max_valid=max_valid, memory_budget=memory_budget)
+    bias = _check_bias(hidden, weight, bias, count)
     check_choice(OP, "reduction", reduction, ("mean", "sum"))
     check_loss_options(
         OP,
@@ -166,19 +195,43 @@ def linear_cross_entropy(
             logit_softcap=logit_softcap,
             label_smoothing=label_smoothing,
             z_loss_weight=z_loss_weight,
+            bias=bias,
+            count=count,
         )
     grad = torch.is_grad_enabled()
-    need_hidden, need_weight = grad and hidden.requires_grad, grad and weight.requires_grad
+    needs = [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     flat = target.reshape(-1).contiguous()
-    budget = memory_budget or (TRAINED_BUDGET if need_weight else FROZEN_BUDGET)
+    budget = memory_budget or (TRAINED_BUDGET if needs[1] else FROZEN_BUDGET)
     bound = flat.numel() if max_valid is None else min(max_valid, flat.numel())
     rows = chunk_rows(bound, weight.shape[0], hidden.element_size(), budget)
     items = items_tensor(OP, num_items_in_batch, hidden.device)
     states = hidden.reshape(-1, hidden.shape[-1])
-    loss, *_ = _forward(
-        states, weight, flat, items, reduction, max_valid, skip_ignored, rows, need_hidden, need_weight, *options
+    loss, counted, *_ = _forward(
+        states, weight, flat, items, bias, reduction, max_valid, skip_ignored, rows, *needs, *options
     )
+    if count is not None:
+        count.copy_(counted)
     return loss
+
+
+def _check_bias(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, count: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The bias in the dtype of hidden under autocast, else as it is."""
+    if count is not None:
+        check_tensor(OP, "count", count)
+        check_same_device(OP, hidden=hidden, count=count)
+        check_shape(OP, "count", count, ())
+        check_dtype(OP, "count", count, {torch.float32})
+    if bias is None:
+        return None
+    check_tensor(OP, "bias", bias)
+    if torch.is_autocast_enabled(hidden.device.type):
+        bias = bias.to(hidden.dtype)
+    check_same_dtype(OP, "bias", bias, "hidden", hidden)
+    check_shape(OP, "bias", bias, (weight.shape[0],))
+    check_same_device(OP, hidden=hidden, bias=bias)
+    return bias
 
 
 def autocast_pair(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

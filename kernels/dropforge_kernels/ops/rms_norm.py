@@ -18,7 +18,7 @@ import triton.language as tl
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._common import as_rows, register, row_block, summing_rows
-from dropforge_kernels.ops._sum_rows import sum_rows
+from dropforge_kernels.ops._sum_rows import counter, finish_cut, finish_sum
 
 MAX_WIDTH = 65536
 ROUNDINGS = ("llama", "gemma")
@@ -56,13 +56,14 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def _backward_kernel(
-    dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr,
+    dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, dweight_ptr, counter_ptr,
     dy_stride, ds_stride, s_stride, rows, steps, offset,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_DS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr, SUM_R: tl.constexpr, SUM_C: tl.constexpr,
 ):  # fmt: skip
     """dx for ``steps`` blocks of BLOCK_R rows per program, in fp32; the program's sum of dy * n goes to its row of
-    ``partial``.
+    ``partial``, and the programs that finish last sum those.
     """
     col = tl.arange(0, BLOCK_H)[None, :]
     if HAS_WEIGHT:
@@ -92,6 +93,7 @@ def _backward_kernel(
         out = tl.arange(0, BLOCK_H)
         base = partial_ptr + tl.program_id(0).to(tl.int64) * WIDTH
         tl.store(base + out, tl.sum(total, axis=0), mask=out < WIDTH)
+        finish_sum(partial_ptr, dweight_ptr, counter_ptr, WIDTH, SLICES, SUM_R, SUM_C)
 
 
 def rms_norm_forward(
@@ -115,7 +117,7 @@ def rms_norm_forward(
         residual, residual_stride = as_rows(residual)
         total = torch.empty_like(y)
     if rows:
-        block_h, block_r, warps = row_block(width, forward=True)
+        block_h, block_r, warps = row_block(width, rows, forward=True)
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, residual, weight, y, total, rstd, x_stride, residual_stride, rows, eps, offset,
             width, block_h, block_r, residual is not None, weight is not None, llama, num_warps=warps,
@@ -141,19 +143,22 @@ def rms_norm_backward(
     ds_stride = 0
     if ds is not None:
         ds, ds_stride = as_rows(ds)
-    block_h, block_r, warps = row_block(width, forward=False)
+    block_h, block_r, warps = row_block(width, rows, forward=False)
     blocks = triton.cdiv(rows, block_r)
-    programs, partial, stages = blocks, None, 1
+    programs, partial, dweight, arrivals, stages = blocks, None, None, None, 1
     if weight_gradient:
-        warps, programs, stages = summing_rows(width, blocks, s)
+        warps, programs, stages, block_r = summing_rows(width, rows, s)
+        blocks = triton.cdiv(rows, block_r)
         partial = torch.empty((programs, width), dtype=torch.float32, device=s.device)
+        dweight = torch.empty_like(weight) if rows else torch.zeros_like(weight)
+        arrivals = counter(s.device)
     if rows:
         _backward_kernel[(programs,)](
-            dy, ds, s, weight, rstd, dx, partial, dy_stride, ds_stride, s_stride, rows, triton.cdiv(blocks, programs),
-            offset, width, block_h, block_r, ds is not None, weight is not None, weight_gradient, stages,
-            num_warps=warps,
+            dy, ds, s, weight, rstd, dx, partial, dweight, arrivals, dy_stride, ds_stride, s_stride, rows,
+            triton.cdiv(blocks, programs), offset, width, block_h, block_r, ds is not None, weight is not None,
+            weight_gradient, stages, *finish_cut(s, warps), num_warps=warps,
         )  # fmt: skip
-    return dx, sum_rows(partial, weight.dtype) if weight_gradient else None
+    return dx, dweight
 
 
 def _forward_op(x, weight, eps, offset, llama):

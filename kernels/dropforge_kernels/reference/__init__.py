@@ -22,6 +22,7 @@ from dropforge_kernels.reference.linear_cross_entropy import linear_cross_entrop
 from dropforge_kernels.reference.linear_logprobs import linear_logprobs as linear_logprobs
 from dropforge_kernels.reference.nf4_dequantize import nf4_dequantize as nf4_dequantize
 from dropforge_kernels.reference.nf4_group import nf4_dequantize_group as nf4_dequantize_group
+from dropforge_kernels.reference.packed_attention import packed_attention as packed_attention
 from dropforge_kernels.reference.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.reference.qk_norm import qk_norm_rope as qk_norm_rope
 from dropforge_kernels.reference.rms_norm import add_rms_norm as add_rms_norm

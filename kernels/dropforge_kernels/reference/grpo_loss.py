@@ -8,7 +8,7 @@ import torch
 
 from dropforge_kernels.reference.cross_entropy import widen
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 LEVELS = ("token", "sequence")
 EXPONENT_LIMIT = 20.0
 
@@ -23,6 +23,13 @@ class GrpoLoss(NamedTuple):
     kl: torch.Tensor
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
+
+
+def ratio_bounds(loss_type: str, epsilon: float, epsilon_high: float) -> tuple[float, float]:
+    """The ratios beyond which a token counts as clipped: none with sapo; cispo names its upper bound itself."""
+    if loss_type == "sapo":
+        return 0.0, float("inf")
+    return (0.0, epsilon_high) if loss_type == "cispo" else (1 - epsilon, 1 + epsilon_high)
 
 
 def grpo_loss(
@@ -40,6 +47,8 @@ def grpo_loss(
     beta: float = 0.0,
     max_completion_length: int | None = None,
     num_items_in_batch: torch.Tensor | float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
 ) -> GrpoLoss:
     """As ops.grpo_loss."""
     logp = widen(logprobs)
@@ -53,9 +62,15 @@ def grpo_loss(
     if importance_sampling_level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / tokens
     ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    per_token = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
+    low, high = ratio_bounds(loss_type, epsilon, epsilon if epsilon_high is None else epsilon_high)
+    if loss_type == "cispo":
+        per_token = -ratio.clamp(max=high).detach() * advantage * logp
+    elif loss_type == "sapo":
+        tau = torch.where(advantage > 0, sapo_temperature_pos, sapo_temperature_neg).to(logp.dtype)
+        per_token = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        per_token = -torch.minimum(bounded * advantage, ratio.clamp(low, high) * advantage)
     kl = torch.zeros_like(logp)
     if beta > 0:
         difference = torch.where(live, ref_logprobs.to(logp.dtype), zero) - logp
@@ -63,8 +78,10 @@ def grpo_loss(
         per_token = per_token + beta * kl
     per_token = torch.where(live, per_token, zero)
     counted = live.sum().to(logp.dtype)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         loss = (per_token.sum(1, keepdim=True) / tokens).sum() / max(1, logp.shape[0])
+    elif loss_type == "luspo":
+        loss = per_token.sum() / max(1, logp.shape[0])
     elif loss_type == "bnpo":
         loss = per_token.sum() / counted.clamp_min(1)
     elif loss_type == "dr_grpo":

@@ -14,6 +14,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     target: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: torch.Tensor | float | None = None,
@@ -24,10 +25,13 @@ def linear_cross_entropy(
     max_valid: int | None = None,
     skip_ignored: bool = True,
     memory_budget: int | None = None,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ops.linear_cross_entropy; ``max_valid``, ``skip_ignored`` and ``memory_budget`` change nothing here."""
+    if count is not None:
+        count.copy_((target != ignore_index).sum())
     return cross_entropy(
-        hidden @ weight.t(),
+        torch.nn.functional.linear(hidden, weight, bias),
         target,
         ignore_index=ignore_index,
         reduction=reduction,
