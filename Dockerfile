@@ -6,13 +6,13 @@
 #   ... --secret id=pip,src=pip.conf                                     from a package index of your own
 ARG VARIANT=cuda
 # Compute capabilities llama.cpp is compiled for.
-ARG CUDA_ARCHITECTURES=75-virtual;80-real;86-real;89-real;90-real;100-real;103-real;120-real;120-virtual
+ARG CUDA_ARCHITECTURES=75-real;80-real;86-real;89-real;90-real;100-real;103-real;120-real;120-virtual
 # Any Debian 12 or Ubuntu 24.04 image, best with its digest: NAME@sha256:...
 ARG BASE=base-${VARIANT}
 ARG LLAMA_BASE=llama-base-${VARIANT}
 
-FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04 AS base-cuda
-FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS llama-base-cuda
+# CUDA 13.0, its compiler too, comes from the lock, with hashes; a base needs none.
+FROM ubuntu:24.04 AS base-cuda
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS base-dgx
 FROM nvcr.io/nvidia/pytorch:25.11-py3 AS llama-base-dgx
 FROM debian:bookworm-slim AS base-cpu
@@ -48,6 +48,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     sh /tmp/pip.sh install --quiet --require-hashes --no-deps -r /opt/dropforge/image.lock
 
 # --- llama.cpp -----------------------------------------------------------------------------------------------------------
+FROM python AS llama-base-cuda
 FROM ${LLAMA_BASE} AS llama
 ARG VARIANT
 ARG CUDA_ARCHITECTURES

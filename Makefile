@@ -15,9 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -P -m pytest
 LOCK_IMAGE := $(BIN)/uv pip compile -q pyproject.toml --extra train --only-binary :all: --generate-hashes --no-annotate \
   --no-header --no-emit-index-url --constraint docker/pins.txt
+SCRIPTS := entrypoint.sh $(wildcard docker/*.sh docker/services/*.sh)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup llama demo test test-slow test-gpu bench lint format docs lock clean \
+.PHONY: help setup llama demo test test-slow test-gpu bench bench-steps lint format docs lock clean \
         image image-test up down shell
 
 help: ## show this list
@@ -47,7 +48,7 @@ test-slow: llama ## run the tests that take minutes
 	@$(PYTEST) -q tests -m 'slow and not gpu and not image'
 
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
-	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels -m gpu
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/doctor -m gpu
 
 # ENGINES=base,liger,unsloth,base also measures the peers, each in its own process, where they are installed
 ENGINES ?= base
@@ -55,14 +56,23 @@ bench: ## measure the kernels on this machine's GPU; results under kernels/bench
 	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py run --engines $(ENGINES) \
 	  --commit "$$(git rev-parse --short HEAD)"
 
-lint: $(READY) ## formatting, lint and types
+# ARGS='--engines ours,unsloth,ours --weights nf4 --shapes 8x2048 --rounds 3'; the other words: python -m steps --help
+bench-steps: ## measure whole training steps of an 8B model against the peers that are installed; same folder
+	@PYTHONPATH=appliance:kernels:kernels/benchmarks $(PYTHON) -P -m steps run \
+	  --out kernels/benchmarks/results/steps.csv --commit "$$(git rev-parse --short HEAD)" $(ARGS)
+
+lint: $(READY) ## formatting, lint and types of Python, shell scripts and Dockerfiles
 	@$(BIN)/ruff format --check -q . || { echo "make format mends this"; exit 1; }
 	@$(BIN)/ruff check -q .
+	@$(BIN)/shfmt -d $(SCRIPTS)
+	@$(BIN)/shellcheck --exclude SC1091 $(SCRIPTS)
+	@$(BIN)/hadolint Dockerfile Dockerfile.dgx
 	@$(BIN)/mypy
 
 format: $(READY) ## format the code
 	@$(BIN)/ruff check -q --fix . || true
 	@$(BIN)/ruff format -q .
+	@$(BIN)/shfmt -w $(SCRIPTS)
 
 docs: $(READY) ## regenerate the generated pages: spec, schema, commands, states, errors
 	@$(BIN)/python -P docs/generate.py
@@ -83,7 +93,7 @@ image: ## build the container image (docker/build.sh: VARIANT, BASE, CA)
 
 image-test: llama ## build the image for the CPU and test real containers of it
 	@docker/engine.sh start
-	@VARIANT=cpu PYTHON=$(BIN)/python docker/build.sh dropforge:cpu --quiet
+	@VARIANT=cpu PYTHON=$(BIN)/python PIP_CONF=$${PIP_CONF:-docker/canary-pip.conf} docker/build.sh dropforge:cpu --quiet
 	@$(PYTEST) -q tests/image -m image; status=$$?; docker/engine.sh stop; exit $$status
 
 up: ## start the container on ./work, http://localhost:8888

@@ -56,5 +56,5 @@ print(cache_folder(settings().cache))')
 fi
 DOCKER_BUILDKIT=1 "$docker" build "${arguments[@]}" -t "$tag" "$@" .
 mkdir -p dist
-"$python" docker/manifest.py layers "$tag" --docker "$docker" >"dist/layers-$variant.json"
-echo "image: $tag, $("$docker" image inspect -f '{{.Size}}' "$tag") bytes; layers: dist/layers-$variant.json"
+"$python" docker/manifest.py layers "$tag" --docker "$docker" >"dist/manifest-$variant.json"
+echo "image: $tag, $("$docker" image inspect -f '{{.Size}}' "$tag") bytes; versions and layers: dist/manifest-$variant.json"

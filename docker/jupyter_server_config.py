@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, "/opt/dropforge")  # for login_throttle, here and when Jupyter imports it by name
+sys.path.insert(0, "/opt/dropforge")  # for login_throttle and status_route, which Jupyter imports by name
 
 RUN = Path("/run/dropforge")
 facts = json.loads((RUN / "facts.json").read_text(encoding="utf-8"))
@@ -29,6 +29,7 @@ c.ThrottledLogin.hashed_password = (RUN / "jupyter_password_hash").read_text(enc
 c.ThrottledLogin.token = ""
 c.ThrottledLogin.allow_password_change = False
 c.FileContentsManager.delete_to_trash = False
+c.ServerApp.jpserver_extensions = {"status_route": True}  # the page /dropforge/
 c.LabApp.news_url = None
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 

@@ -1,7 +1,7 @@
 """What is in the image, written while it is built: manifest.json for people and programs, sbom.spdx.json for scanners.
 
 manifest.py image --variant cpu --revision 0123abc --into FOLDER      (inside the build)
-manifest.py layers IMAGE --docker /usr/bin/docker                     (after it: size of each layer)
+manifest.py layers IMAGE --docker /usr/bin/docker                     (after it: the same and the size of each layer)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     of_layers.add_argument("--docker", default="docker")
     options = parser.parse_args(arguments)
     if options.command == "layers":
-        print(json.dumps(layers(options.image, docker=options.docker), indent=1))
+        print(json.dumps(with_layers(options.image, docker=options.docker), indent=1, sort_keys=True))
         return 0
     manifest = describe(options.variant, options.revision)
     write(options.into / "manifest.json", manifest)
@@ -72,14 +72,12 @@ def llama_cpp() -> str:
 
 
 def cuda_architectures() -> dict[str, str]:
-    """Compute capabilities each library carries code for. torch says its own, even without a GPU."""
+    """Compute capabilities each library carries code for, read out of the libraries; torch says its own."""
     import torch
+    from dropforge.doctor.libraries import library_build_lists
 
-    listed = LLAMA / "CUDA_ARCHITECTURES"
-    return {
-        "torch": torch._C._cuda_getArchFlags() or "",
-        "llama.cpp": listed.read_text(encoding="utf-8").strip() if listed.exists() else "CPU only",
-    }
+    lists = library_build_lists(torch_list=torch._C._cuda_getArchFlags() or "", cuda=torch.version.cuda or "")
+    return {name: str(built) or "CPU only" for name, built in lists.items()}
 
 
 def sbom(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -120,15 +118,33 @@ def package(name: str, version: str, locator: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def layers(image: str, *, docker: str) -> dict[str, Any]:
-    """Bytes of each layer that has any, oldest first, and of the whole."""
+def with_layers(image: str, *, docker: str) -> dict[str, Any]:
+    """The image's own manifest, its id, the bytes of each layer that has any, oldest first, and of the whole.
+
+    An image cannot hold its own id or the size of its last layer, so this is made after the build.
+    """
+    inside = subprocess.run(
+        [docker, "run", "--rm", "--network", "none", "--entrypoint", "cat", image, "/opt/dropforge/manifest.json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    image_id = subprocess.run(
+        [docker, "image", "inspect", "-f", "{{.Id}}", image], capture_output=True, text=True, check=True
+    )
+    manifest: dict[str, Any] = json.loads(inside.stdout)
     done = subprocess.run(
         [docker, "history", "--no-trunc", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = [line.split("\t", 1) for line in reversed(done.stdout.splitlines())]
-    parts = [{"bytes": int(size), "made_by": " ".join(by.split())[:160]} for size, by in rows if int(size)]
-    return {"image": image, "bytes": sum(part["bytes"] for part in parts), "layers": parts}
+    parts = [
+        {"bytes": int(size), "made_by": " ".join(by.split())[:160] or "the base image"}
+        for size, by in rows
+        if int(size)
+    ]
+    return manifest | {
+        "image": image, "image_id": image_id.stdout.strip(), "bytes": sum(part["bytes"] for part in parts),
+        "layers": parts,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -93,9 +93,14 @@ def choose_gguf(result: Path) -> Path | None:
     """The GGUF that answers for a result: Q8_0 first, else the next in PREFERRED, else any; None when there is none."""
     if result.is_file():
         return result
-    files = sorted(ResultFolder(result).gguf.glob("*.gguf"))
+    folder = ResultFolder(result).gguf
+    files = [*sorted(folder.glob("*.gguf")), *sorted(folder.glob("*/*-00001-of-*.gguf"))]
     ranks = {name: place for place, name in enumerate(PREFERRED)}
-    return min(files, key=lambda path: ranks.get(path.stem.rpartition("-")[2], len(ranks)), default=None)
+
+    def rank(path: Path) -> int:
+        return ranks.get(path.stem.partition("-00001-of-")[0].rpartition("-")[2], len(ranks))
+
+    return min(files, key=rank, default=None)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dropforge.files import fsync_folder, read_json, regular_files, rename_folder, sha256_file, write_json
+from dropforge.paths import refuse_links
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -22,6 +23,8 @@ class Checkpoint:
 
     def verify(self) -> str:
         """Empty when every file has the size and hash of the manifest, else what is wrong."""
+        if self.path.is_symlink():
+            return "it is a link"
         try:
             files = read_json(self.path / MANIFEST)["files"]
         except (OSError, ValueError, KeyError) as error:
@@ -65,7 +68,11 @@ class CheckpointStore:
         return None, skipped
 
     def commit(self, written: Path, step: int) -> Checkpoint:
-        """Turn the folder the trainer wrote into checkpoint `step`: manifest, fsync, rename; then drop old ones."""
+        """Turn the folder the trainer wrote into checkpoint `step`: manifest, fsync, rename; then drop old ones.
+
+        Raises EnvironmentFault (path-is-link) when the folder of checkpoints was replaced.
+        """
+        self._refuse_links()
         files = {
             str(path.relative_to(written)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in regular_files(written)
@@ -73,15 +80,23 @@ class CheckpointStore:
         write_json(written / MANIFEST, {"step": step, "files": files})
         target = self.folder / f"step-{step:08d}"
         rename_folder(written, target)
+        fsync_folder(self.folder.parent)  # this may be the first file that makes checkpoints/ itself worth keeping
         self._prune()
         return Checkpoint(target, step)
 
     def clean(self) -> None:
-        """Remove what an interrupted save left behind."""
+        """Remove what an interrupted save left behind. Raises EnvironmentFault (path-is-link) as `commit` does."""
+        self._refuse_links()
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
+    def _refuse_links(self) -> None:
+        refuse_links(self.partial, below=self.folder.parent.parent)
+
     def _prune(self) -> None:
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old.path)
+            if old.path.is_symlink():
+                old.path.unlink()
+            else:
+                shutil.rmtree(old.path)
         fsync_folder(self.folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from dropforge.files import append_json_line, read_json, write_json
@@ -16,6 +17,8 @@ from dropforge.states import State
 
 STATUS_SCHEMA = 1
 STATUS_INTERVAL_SECONDS = 1.0
+MAX_BYTES = 16 << 20
+"""Of events.jsonl and metrics.jsonl; a longer one becomes events.1.jsonl and a new one begins."""
 
 
 def utc_now() -> str:
@@ -30,17 +33,27 @@ class RunLog:
     at once. A field set to None is written as null, so that readers always find the same keys once they were there.
     """
 
-    def __init__(self, run: RunFolder, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, run: RunFolder, *, clock: Callable[[], float] = time.monotonic,
+        clean: Callable[[Any], Any] = lambda value: value,
+    ) -> None:  # fmt: skip
+        """`clean` is applied to everything that is written: the runner takes secrets out."""
         self.run = run
+        self._clean = clean
         self._clock = clock
         self._last_write = float("-inf")
         self.fields: dict[str, Any] = {"schema": STATUS_SCHEMA, "id": run.id}
         if run.status.exists():
             self.fields.update(read_json(run.status))
 
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if _size(path) > MAX_BYTES:
+            path.replace(path.with_name(f"{path.stem}.1{path.suffix}"))
+        append_json_line(path, self._clean(line))
+
     def event(self, action: str, **details: Any) -> None:
         """Append one line: `action` is machine-readable and listed in docs/reference/folder-contract.md."""
-        append_json_line(self.run.events, {"time": utc_now(), "action": action, **details})
+        self._append(self.run.events, {"time": utc_now(), "action": action, **details})
 
     def state(self, state: State, *, reason: str | None = None, message: str = "", **fields: Any) -> None:
         """Enter a state: one event, and status.json replaced at once."""
@@ -58,9 +71,16 @@ class RunLog:
 
     def metrics(self, **values: Any) -> None:
         """Append one line of numbers: step, loss, learning_rate, grad_norm, tokens_per_second ..."""
-        append_json_line(self.run.metrics, {"time": utc_now(), **values})
+        self._append(self.run.metrics, {"time": utc_now(), **values})
 
     def flush(self) -> None:
         self.fields["updated"] = utc_now()
-        write_json(self.run.status, self.fields)
+        write_json(self.run.status, self._clean(self.fields))
         self._last_write = self._clock()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any
 
 GGUF_TYPES = (
@@ -20,7 +22,7 @@ GGUF_ALIASES = {
     "q3_k": "q3_k_m",
     "q3_k_xs": "iq3_xs",
 }
-DETAILS = {"gguf": GGUF_TYPES, "fp8": ("", "block")}
+DETAILS = {"gguf": GGUF_TYPES, "fp8": ("", "block", "static")}
 """What may follow the colon of an entry; nothing for kinds not listed."""
 EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
 
@@ -35,7 +37,8 @@ def normalise_exports(value: Any) -> Any:
     for item in value:
         if isinstance(item, str) and item.lower().startswith("gguf:"):
             types = [text.strip().lower() for text in item[5:].split(",")]
-            entries += [f"gguf:{GGUF_ALIASES.get(name, name)}" for name in types]
+            parts = [text.partition(":") for text in types]
+            entries += [f"gguf:{GGUF_ALIASES.get(name, name)}{colon}{size}" for name, colon, size in parts]
         else:
             entries.append(item)
     return tuple(dict.fromkeys(entries)) if all(isinstance(e, str) for e in entries) else tuple(entries)
@@ -44,12 +47,34 @@ def normalise_exports(value: Any) -> Any:
 def check_export(entry: str) -> str:
     kind, _, detail = entry.partition(":")
     if kind not in EXPORT_KINDS:
-        raise ValueError(f"unknown export {entry!r}; known: {', '.join(EXPORT_KINDS)}")
-    if kind == "gguf" and detail not in GGUF_TYPES:
-        raise ValueError(f"unknown GGUF type {detail!r}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
+        raise ValueError(f"unknown export {entry!r}{_nearest(kind, EXPORT_KINDS)}; known: {', '.join(EXPORT_KINDS)}")
+    if kind == "gguf":
+        detail, found, size = detail.partition(":")
+        if detail not in GGUF_TYPES:
+            near = _nearest(detail, (*GGUF_TYPES, *GGUF_ALIASES))
+            raise ValueError(f"unknown GGUF type {detail!r}{near}; write gguf:TYPE with one of {', '.join(GGUF_TYPES)}")
+        if found and not part_bytes(size):
+            raise ValueError(f"{size!r} is no size of a part; write gguf:{detail}:2GB for files of at most 2 GB")
     if kind in DETAILS and detail not in DETAILS[kind]:
         known = ", ".join(f"{kind}:{word}" if word else kind for word in DETAILS[kind])
         raise ValueError(f"unknown kind of {kind}: {detail!r}; write one of {known}")
     if kind not in DETAILS and detail:
         raise ValueError(f"{kind} takes no detail, so write just {kind!r}")
     return entry
+
+
+def split_detail(detail: str) -> tuple[str, int]:
+    """The type and the largest size of a part in bytes (0: one file) of a checked `gguf:` entry's detail."""
+    gguf_type, _, size = detail.partition(":")
+    return gguf_type, part_bytes(size)
+
+
+def part_bytes(text: str) -> int:
+    """Bytes of a size such as 2GB or 500MB; 0 for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(mb|gb)", text.lower())
+    return int(match[1]) * {"mb": 10**6, "gb": 10**9}[match[2]] if match else 0
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    found = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {found[0]!r}?" if found else ""

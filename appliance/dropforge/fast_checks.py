@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+KERNEL_POLICIES = ("auto", "required", "off")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -44,25 +45,6 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def check_length(config: Any, *, max_seq_length: int, rope_scaling: Mapping[str, Any] | None) -> None:
-    """`max_seq_length` must lie within what the model was made for, unless its positions are scaled."""
-    if max_seq_length < 1:
-        raise CommandError(
-            f"max_seq_length must be at least 1, not {max_seq_length}", code="api-length", where="max_seq_length"
-        )
-    known = getattr(config, "max_position_embeddings", None)
-    if known is None or max_seq_length <= known or rope_scaling is not None:
-        return
-    factor = max_seq_length / known
-    raise CommandError(
-        f"max_seq_length={max_seq_length} is more than the {known} positions this model knows",
-        code="api-length",
-        where="max_seq_length",
-        why="positions it never saw come out as noise unless the rotary embedding is scaled",
-        fix=f"use max_seq_length={known}, or pass rope_scaling={{'rope_type': 'linear', 'factor': {factor:g}}}",
-    )
-
-
 def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str] | None) -> None:
     """Every name must be the last part of some module's path."""
     if names is None or isinstance(names, str):
@@ -82,8 +64,85 @@ def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str]
         )
 
 
-def check_same_architecture(adapter: Mapping[str, Any], *, folder: Path, model: nn.Module) -> None:
-    """An adapter's targets must exist in the base it is put on."""
+def check_kernels(kernels: str) -> None:
+    """One of the policies of dropforge_kernels.patch."""
+    if kernels not in KERNEL_POLICIES:
+        raise CommandError(
+            f"kernels cannot be {kernels!r}", code="api-kernels", where="kernels",
+            fix=f"one of {', '.join(KERNEL_POLICIES)}",
+        )  # fmt: skip
+
+
+def check_stored_precision(config: Any, flags: Mapping[str, bool], load_in_4bit: bool | None) -> None:
+    """A checkpoint that is stored quantised stays so: no other precision can be asked of it."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+    own = {"bitsandbytes": "load_in_4bit" if fields.get("load_in_4bit") else "load_in_8bit"}.get(method, method)
+    wrong = [name for name, value in flags.items() if value and name != own]
+    if not wrong:
+        return
+    raise CommandError(
+        f"{wrong[0]} does not fit this checkpoint, which is stored as {own.removeprefix('load_in_')}",
+        code="api-two-precisions", where=wrong[0],
+        why="quantised weights cannot be turned back into those they were made from",
+        fix="leave the precision out" + ("" if load_in_4bit else ", or name the model it was made from"),
+    )  # fmt: skip
+
+
+def check_layers(config: Any, *, layers: int | Iterable[int] | None, argument: str) -> list[int] | None:
+    """Indices of decoder layers, each of which must exist. PEFT would leave the others out without a word."""
+    if layers is None:
+        return None
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    wrong = [index for index in chosen if count is not None and not 0 <= index < count]
+    if wrong or not chosen:
+        raise CommandError(
+            f"{argument}: there is no layer {wrong[0]}" if wrong else f"{argument} names no layer", code="api-layers",
+            where=argument, fix=f"use indices from 0 to {count - 1}" if count else "leave it out for all layers",
+        )  # fmt: skip
+    return chosen
+
+
+def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto_class: Any) -> None:
+    """An adapter's targets must exist in the base it is put on, and have its sizes. Looks at an empty model.
+
+    Raises ModelError: adapter-target-unknown, adapter-wrong-size.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
     targets = adapter.get("target_modules")
+    name = f"{folder.name}/adapter_config.json"
     if isinstance(targets, list):
-        check_modules(model, argument=f"target_modules of {folder.name}/adapter_config.json", names=targets)
+        check_modules(model, argument=f"target_modules of {name}", names=targets)
+    check_modules(model, argument=f"modules_to_save of {name}", names=adapter.get("modules_to_save"))
+    _check_sizes(folder / "adapter_model.safetensors", model, base=str(adapter.get("base_model_name_or_path")))
+
+
+def _check_sizes(path: Path, model: Any, *, base: str) -> None:
+    """Each A matrix (r, in) and B matrix (out, r) against its linear layer (out, in)."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return
+    modules = dict(model.named_modules())
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
+            place, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+            weight = getattr(modules.get(place), "weight", None)
+            if rest not in ("A.weight", "B.weight") or (weight is not None and weight.ndim != 2):
+                continue
+            shape = file.get_slice(name).get_shape()
+            have, side = (shape[1], 1) if rest == "A.weight" else (shape[0], 0)
+            if weight is None or weight.shape[side] != have:
+                raise ModelError(
+                    f"this adapter was not trained on {base}", code="adapter-wrong-size", where=name,
+                    why="the model has no such layer" if weight is None
+                    else f"it is {have} wide there, the model {weight.shape[side]}",
+                    fix="write the model it was trained on into adapter_config.json: base_model_name_or_path",
+                )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import CommandError, ExportError, Problem
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export_kinds import check_export, normalise_exports
+from dropforge.models.plain_lora import to_plain_lora
 from dropforge.paths import ResultFolder
 
 if TYPE_CHECKING:
@@ -119,10 +120,13 @@ def _save_trained(model: Any, scratch: Path, *, base: str) -> tuple[Path | None,
     """(adapter folder, None) or (None, folder of all weights)."""
     from peft import PeftModel
 
+    from dropforge.fast_state import needed_state
+
     if not isinstance(model, PeftModel):
         model.save_pretrained(scratch / "full")
         return None, scratch / "full"
     model.save_pretrained(str(scratch / "adapter"))
+    to_plain_lora(scratch / "adapter", needed_state(model).initial)
     path = scratch / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base

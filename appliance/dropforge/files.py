@@ -30,6 +30,14 @@ def fsync_file(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make every file below `folder` survive a power cut, with its name: a file's fsync does not cover the latter."""
+    for path in regular_files(folder):
+        fsync_file(path)
+    for below in (*(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), folder):
+        fsync_folder(below)
+
+
 def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `data` atomically and durably."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
@@ -97,9 +105,8 @@ def regular_files(folder: Path) -> list[Path]:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Put a finished folder in its final place: fsync every file, drop an old target, rename, fsync the parent."""
-    for path in regular_files(source):
-        fsync_file(path)
+    """Put a finished folder in its final place: fsync all that is in it, drop an old target, rename, fsync the parent."""
+    fsync_tree(source)
     if target.exists():
         shutil.rmtree(target)
     source.rename(target)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from dropforge.settings import settings
 
@@ -49,7 +50,7 @@ def probe(folder: Path) -> Hardware:
 
     memory = psutil.virtual_memory()
     limit = _container_memory_limit()
-    gpus, note = _gpus()
+    gpus, note = _gpus(memory)
     return Hardware(
         cpu_cores=len(os.sched_getaffinity(0)),
         memory_total=min(memory.total, limit),
@@ -69,7 +70,19 @@ def _container_memory_limit() -> int:
     return 1 << 62 if text == "max" else int(text)
 
 
-def _gpus() -> tuple[tuple[Gpu, ...], str]:
+class _Memory(Protocol):
+    """What psutil.virtual_memory() returns, as far as it is read here; bytes."""
+
+    total: int
+    available: int
+
+
+def _bytes(mebibytes: str, shared: int) -> int:
+    """nvidia-smi's MiB; `shared` where it says "[N/A]": that GPU has no memory of its own (DGX Spark)."""
+    return int(mebibytes) << 20 if mebibytes.isdigit() else shared
+
+
+def _gpus(memory: _Memory) -> tuple[tuple[Gpu, ...], str]:
     if settings().device == "cpu":
         return (), "DROPFORGE_DEVICE=cpu"
     tool = shutil.which("nvidia-smi")
@@ -86,6 +99,8 @@ def _gpus() -> tuple[tuple[Gpu, ...], str]:
         return (), f"nvidia-smi failed: {(done.stderr or done.stdout).strip()[:200]}"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     gpus = tuple(
-        Gpu(uuid=r[0], name=r[1], memory_total=int(r[2]) << 20, memory_free=int(r[3]) << 20, driver=r[4]) for r in rows
-    )
+        Gpu(uuid=r[0], name=r[1], memory_total=_bytes(r[2], memory.total), memory_free=_bytes(r[3], memory.available),
+            driver=r[4])
+        for r in rows
+    )  # fmt: skip
     return gpus, "" if gpus else "nvidia-smi lists no GPU"

@@ -19,13 +19,14 @@ from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
-from dropforge.export.samples import read_samples, write_samples
+from dropforge.export.publish import publish_result, token_of
+from dropforge.export.samples import EVAL_FILE, read_samples, write_samples
 from dropforge.facts import data_facts, model_facts
 from dropforge.files import TEMPORARY_PREFIX, read_json, rename_folder, write_json, write_text
 from dropforge.hardware import GIB, probe
 from dropforge.locate import Locate, data_locator
 from dropforge.models.source import ModelSource, resolve_model
-from dropforge.paths import DataRoot, RunFolder
+from dropforge.paths import DataRoot, RunFolder, refuse_links
 from dropforge.plan import Plan, make_plan
 from dropforge.results import TrainingRecord, finish_result, good_exports
 from dropforge.spec import Spec
@@ -49,6 +50,7 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     source = resolve_model(read_spec(run).model, root=root)
     spec = pin_revision(run, source)
     log.event("model", id=source.id, revision=source.revision, kind=source.kind)
+    token_of(spec, root)
     if not is_trained(run):
         shutil.rmtree(root.result(spec.slug, run.id).path, ignore_errors=True)  # of weights that are no more
         train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
@@ -57,10 +59,12 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     log.state(State.EXPORTING)
     exporting = time.monotonic()
     reports = export(spec, kinds=asked_exports(spec), run=run, root=root, source=source, log=log)
+    reports = published(spec, reports, run=run, root=root, source=source, log=log)
     seconds["exporting"] = time.monotonic() - exporting
     seconds["total"] = time.monotonic() - started
 
     result = root.result(spec.slug, run.id)
+    refuse_links(result.path, below=root.path)
     finish_result(
         result,
         spec=spec,
@@ -101,8 +105,9 @@ def train(
 
     tokenizer, template = load_tokenizer(source.path, template=spec.data.template)
     data = prepare_data(
-        spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text), work=run.path / "cache"
-    )
+        spec, tokenizer, locate=locate, log=lambda text: log.event("data", text=text), work=run.path / "cache",
+        cache=root.cache / "tokens",
+    )  # fmt: skip
     stop.raise_if_requested()
     model = load_model(source, plan=plan, vocab_size=len(tokenizer))
     model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.device == "cuda")
@@ -130,6 +135,8 @@ def train(
         seconds=dict(seconds),
     )
     write_samples(data.train, temporary)
+    if data.eval is not None:
+        write_samples(data.eval, temporary, file=EVAL_FILE)
     write_json(temporary / "record.json", json.loads(json.dumps(asdict(record))))
     rename_folder(temporary, run.trained)
     log.event("trained", steps=summary.steps, loss=summary.train_loss)
@@ -142,6 +149,7 @@ def export(
 ) -> tuple[ExportReport, ...]:
     """Make and verify the exports that are not there yet. Returns the reports of all, earlier ones included."""
     result = root.result(spec.slug, run.id)
+    refuse_links(result.path, below=root.path)
     result.path.mkdir(parents=True, exist_ok=True)
     earlier = good_exports(result)
     is_lora = spec.adapter.type == "lora"
@@ -159,10 +167,21 @@ def export(
         model_id=source.id,
         license=license_of(source.path),
         samples=read_samples(run.trained),
+        eval_samples=read_samples(run.trained, file=EVAL_FILE),
     )
     made = {report.kind: report for report in export_all(request, log=lambda text: log.event("export", text=text))}
     shutil.rmtree(request.work, ignore_errors=True)
     return tuple({**earlier, **made}.values())
+
+
+def published(
+    spec: Spec, reports: tuple[ExportReport, ...], *, run: RunFolder, root: DataRoot, source: ModelSource, log: RunLog
+) -> tuple[ExportReport, ...]:
+    """The reports, and one more when the spec asks for a push to the hub."""
+    return publish_result(
+        spec, result=root.result(spec.slug, run.id), source=source, record=training_record(run), reports=reports,
+        root=root, log=lambda text: log.event("export", text=text),
+    )  # fmt: skip
 
 
 def asked_exports(spec: Spec) -> tuple[str, ...]:
@@ -188,7 +207,9 @@ def export_more(
     spec = check(json.dumps(value).encode(), filename="export.json").resolved
     source = resolve_model(spec.model, root=root)
     started = time.monotonic()
-    reports = export(spec, kinds=spec.export, run=run, root=root, source=source, log=_Printing(run, log))
+    shown = _Printing(run, log)
+    reports = export(spec, kinds=spec.export, run=run, root=root, source=source, log=shown)
+    reports = published(spec, reports, run=run, root=root, source=source, log=shown)
     finish_result(
         root.result(spec.slug, run.id),
         spec=read_spec(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from dropforge import __version__
@@ -13,16 +14,22 @@ if TYPE_CHECKING:
     from dropforge.results import TrainingRecord
 
 
-def model_card(spec: Spec, *, source: ModelSource, record: TrainingRecord, exports: tuple[ExportReport, ...]) -> str:
-    """The card as Markdown with the hub's metadata header."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(
+    spec: Spec, *, source: ModelSource, record: TrainingRecord, exports: tuple[ExportReport, ...],
+    relation: str = "", license_name: str = "",
+) -> str:  # fmt: skip
+    """The card as Markdown with the hub's metadata header.
+
+    `relation` is the hub's word for what the files are to the base model: adapter, finetune or quantized.
+    """
     summary, data = record.summary, record.data
     adapter = "every weight" if spec.adapter.type == "full" else f"LoRA, rank {spec.adapter.r}"
     base = f"{source.id}@{source.revision}" if source.revision else source.id
     lines = [
-        "---",
-        f"base_model: {source.id}",
-        "tags: [dropforge]",
-        "---",
+        *_header(source, relation=relation, license_name=license_name),
         f"# {spec.name}",
         "",
         f"Made by Dropforge {__version__} from `{base}` by {spec.method} ({adapter}).",
@@ -37,10 +44,7 @@ def model_card(spec: Spec, *, source: ModelSource, record: TrainingRecord, expor
     ]
     if summary["eval_loss"] is not None:
         lines.append(f"| evaluation loss (last) | {summary['eval_loss']:.4f} |")
-    lines += [f"| seed | {spec.train.seed} |", "", "## Exports", "", "| file | size | verified |", "|---|---|---|"]
-    for report in exports:
-        verdict = "yes" if report.ok else f"**failed**: {report.problem.what if report.problem else 'no reason given'}"
-        lines.append(f"| `{report.path or report.kind}` | {report.bytes / 1e6:.1f} MB | {verdict} |")
+    lines += [f"| seed | {spec.train.seed} |", "", *_exports(exports)]
     lines += [
         "",
         "Data files, with their SHA-256, library versions and every setting: `provenance.json`.",
@@ -48,3 +52,39 @@ def model_card(spec: Spec, *, source: ModelSource, record: TrainingRecord, expor
         "",
     ]
     return "\n".join(lines)
+
+
+def _header(source: ModelSource, *, relation: str, license_name: str) -> list[str]:
+    """Metadata the hub reads. A base that is no hub model is not named: the hub would look for it."""
+    lines = ["---"]
+    if HUB_ID.fullmatch(source.id):
+        lines.append(f"base_model: {source.id}")
+        lines += [f"base_model_relation: {relation}"] if relation else []
+    if re.fullmatch(r"[\w.+-]+", license_name):
+        lines.append(f"license: {license_name}")
+    return [*lines, "tags: [dropforge]", "---"]
+
+
+def _exports(exports: tuple[ExportReport, ...]) -> list[str]:
+    """One row per export, with the measured agreement with the model it was made from."""
+    lines = [
+        "## Exports", "",
+        "| file | size | verified | mean KL | same first token | measured over |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for report in exports:
+        verdict = "yes" if report.ok else f"**failed**: {report.problem.what if report.problem else 'no reason given'}"
+        over_eval = report.checks.get("eval")
+        close = over_eval or report.checks.get("logits")
+        if close:
+            rows = "the evaluation split" if over_eval else "the probe prompts"
+            numbers = f"| {close['mean_kl']:.5f} | {close['top1']:.1%} | {close['positions']} tokens of {rows} |"
+        else:
+            numbers = "| | | |"
+        lines.append(f"| `{report.path or report.kind}` | {report.bytes / 1e6:.1f} MB | {verdict} {numbers}")
+    lines += [
+        "",
+        "Mean KL: how much the file's next-token predictions differ from those of the model it was made from (the",
+        "merged folder; for the merged folder and the adapter, the model as it was trained), in nats; 0 is equal.",
+    ]
+    return lines

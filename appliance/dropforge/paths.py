@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from dropforge.errors import EnvironmentFault
 from dropforge.states import State
 
 TICKET_FOLDERS: dict[State, str] = {
@@ -21,6 +23,26 @@ TICKET_FOLDERS: dict[State, str] = {
     State.CANCELLED: "cancelled",
     State.REJECTED: "rejected",
 }
+
+
+def refuse_links(folder: Path, *, below: Path) -> None:
+    """Every part of `folder` under `below` that exists must be a real folder: a link could lead the writer out.
+
+    Raises EnvironmentFault (path-is-link).
+    """
+    current = below
+    for part in folder.relative_to(below).parts:
+        current = current / part
+        try:
+            mode = current.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(mode):
+            raise EnvironmentFault(
+                f"{current.relative_to(below)} is not a folder any more", code="path-is-link", where=str(current),
+                why="it was replaced, by a symbolic link or a file, and could lead out of the data root",
+                fix="put the folder itself back, then `dropforge retry`",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,10 @@ class ResultFolder:
     @property
     def fp8_block(self) -> Path:
         return self.path / "fp8-block"
+
+    @property
+    def fp8_static(self) -> Path:
+        return self.path / "fp8-static"
 
     @property
     def merged_4bit(self) -> Path:

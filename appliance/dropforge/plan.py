@@ -15,6 +15,8 @@ from dropforge.spec import Spec
 
 CHECKPOINTS_KEPT = 2
 SMALL_MODEL = 50_000_000
+PACKED_TOKENS = 8192
+"""Of a full bucket: enough to keep a large GPU busy with a small model."""
 RUNTIME_BYTES = {"cpu": int(1.0 * GIB), "cuda": int(1.5 * GIB)}
 """Interpreter and libraries; on a GPU the CUDA context and workspaces."""
 BYTES_PER_PARAMETER = {"float32": 4.0, "bfloat16": 2.0, "nf4": 4.127 / 8}
@@ -42,6 +44,10 @@ class Plan:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     max_seq_length: int
+    token_budget: int
+    """Tokens of a full packed bucket on a GPU; 0 where rows are padded instead."""
+    gradient_checkpointing: bool
+    """Layers are computed again in the backward where nothing finer is planned for them."""
     rows: int | None
     steps: int | None
     parameters: int | None
@@ -69,8 +75,11 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
     memory = _memory(spec, model, weight_dtype, trainable, optim, device)
     disk = _disk(spec, model, trainable, optim)
     available = max((gpu.memory_free for gpu in hardware.gpus), default=hardware.memory_available)
+    budget = _token_budget(spec, device)
     if device == "cpu":
         notes.append(f"training on the CPU: {hardware.gpu_note}")
+        if spec.data.packing is True:
+            notes.append("packing is off on the CPU: rows are padded there")
     if data.missing:
         notes.append(f"data not found: {', '.join(data.missing)}")
     if model.parameters is None:
@@ -89,6 +98,8 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
         per_device_train_batch_size=spec.train.per_device_train_batch_size,
         gradient_accumulation_steps=spec.train.gradient_accumulation_steps,
         max_seq_length=spec.model.max_seq_length,
+        token_budget=budget,
+        gradient_checkpointing=device == "cuda" and _recompute(spec, model, weight_dtype, trainable, available, budget),
         rows=data.rows,
         steps=_steps(spec, data.rows),
         parameters=model.parameters,
@@ -97,10 +108,34 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
         memory_available=available,
         disk_needed=disk,
         disk_free=hardware.disk_free,
-        kernels="PyTorch (the fused engine arrives with release 0.2)",
+        kernels=_kernels(spec, device),
         exports=spec.export,
         notes=tuple(notes),
     )
+
+
+def _kernels(spec: Spec, device: str) -> str:
+    if device == "cpu":
+        return "PyTorch's own"
+    packing = {True: "full buckets", False: "rows without padding"}.get(spec.data.packing, "packed where it pays")
+    return f"Dropforge's where the model allows, else PyTorch's; {packing}, steps captured as CUDA graphs"
+
+
+def _token_budget(spec: Spec, device: str) -> int:
+    """A bucket holds the longest row; buckets are cut in eighths of multiples of 128 tokens."""
+    return 0 if device == "cpu" else -(-max(PACKED_TOKENS, spec.model.max_seq_length) // 1024) * 1024
+
+
+def _recompute(
+    spec: Spec, model: ModelFacts, weight_dtype: str, trainable: int | None, available: int, budget: int
+) -> bool:
+    """Whether what a bucket's backward needs would take more than is left beside weights and states."""
+    if model.parameters is None or not model.hidden_size or not model.num_layers:
+        return True
+    fixed = model.parameters * BYTES_PER_PARAMETER[weight_dtype] + (trainable or 0) * 16 + RUNTIME_BYTES["cuda"]
+    full = 2 if spec.adapter.type == "full" else 1  # autocast keeps copies of fp32 weights
+    activations = 34 * budget * model.hidden_size * model.num_layers * full
+    return bool(fixed + activations > 0.8 * available)
 
 
 def _dtypes(spec: Spec, device: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ EXPORTS = {
 }  # fmt: skip
 # Fields of `train` that no method of this release reads: refused, never silently ignored.
 TRAIN_FIELDS = {
-    "embedding_learning_rate": "0.2", "beta": "0.3", "loss_type": "0.3", "num_generations": "0.4",
+    "beta": "0.3", "loss_type": "0.3", "num_generations": "0.4",
     "max_prompt_length": "0.4", "max_completion_length": "0.4", "temperature": "0.4", "epsilon": "0.4",
 }  # fmt: skip
 FORMATS = {"preference": "0.3", "prompt": "0.4"}
@@ -42,8 +42,6 @@ def not_yet(spec: Spec) -> list[Problem]:
         asked.append(("adapter.init_lora_weights", spec.adapter.init_lora_weights, "0.2"))
     if spec.model.remote_code:
         asked.append(("model.remote_code", "true", "0.2"))
-    if spec.publish.hub:
-        asked.append(("publish.hub", spec.publish.hub.repo, "0.2"))
     if spec.train.on_oom == "shrink":
         asked.append(("train.on_oom", "shrink", "0.2"))
     if isinstance(spec.resources.gpus, str) or spec.resources.gpus > 1:
@@ -64,8 +62,7 @@ def not_yet(spec: Spec) -> list[Problem]:
 
 
 def _export_release(entry: str) -> str:
-    kind, _, detail = entry.partition(":")
-    return "0.2" if detail == "q2_k_l" else EXPORTS[kind]
+    return EXPORTS[entry.partition(":")[0]]
 
 
 def _instead(where: str) -> str:

@@ -50,6 +50,8 @@ def finish_result(
         provenance(spec, run=run, source=source, record=record, exports=exports, seconds=timings, root=root),
     )
     write_text(result.model_card, model_card(spec, source=source, record=record, exports=exports))
+    card = data_card(report_of(record.data), tokenizer=f"the tokenizer of {spec.model.id}")
+    write_text(result.path / DATA_CARD, card)
     write_text(result.checksums, checksums(result))
     write_text(result.path.parent / "latest", run.id + "\n")
     if all(report.ok for report in exports):
@@ -58,7 +60,9 @@ def finish_result(
 
 def good_exports(result: ResultFolder) -> dict[str, ExportReport]:
     """Reports of exports that were verified earlier and are still there; a retry need not make them again."""
-    from dropforge.errors import Problem
+    from dropforge.data.report import DATA_CARD, report_of
+from dropforge.data.report_text import data_card
+from dropforge.errors import Problem
     from dropforge.export import ExportReport
 
     if not result.provenance.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -78,6 +79,19 @@ def _number(name: str, default: float, *, unit: str = "a number of seconds") -> 
             fix=f"unset it, or set it to a number such as {default:g}",
         )
     return value
+
+
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.IGNORECASE)
+
+
+def secret_variables() -> list[str]:
+    """Values of the environment variables whose names say that they are secret, for taking them out of texts."""
+    return [value for name, value in os.environ.items() if value and _SECRET_NAME.search(name)]
+
+
+def secret_variable(name: str) -> str | None:
+    """The secret called `name` in the environment (a spec names it, never holds it); None when it is not set."""
+    return os.environ.get(name) or None
 
 
 @cache

@@ -189,13 +189,21 @@ class DataSpec(Section):
     format: DataFormat | ColumnsFormat = "auto"
     """How rows are laid out; auto looks and says why."""
     template: str = Field(default="auto", min_length=1, max_length=20_000)
-    """Chat template: auto (the model's own, else chatml), or a name."""
+    """Chat template: auto (the model's own, else chatml), a name, or an example with {INPUT} and {OUTPUT}."""
     system: str | None = Field(default=None, max_length=20_000)
     """System message for conversations that have none; also written to the Modelfile."""
     train_on: Literal["responses", "everything"] = "responses"
     """responses counts only the assistant's turns in the loss (cpt: everything)."""
     packing: Literal["auto"] | bool = "auto"
     """Join short rows into long ones; auto decides and says why."""
+    mixing: Literal["repeat", "proportional"] = "repeat"
+    """What the weight of a source means: how often its rows are seen per epoch, or its share of all rows."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Drop repeated training rows: equal ones, or also those that say nearly the same."""
+    contamination: Literal["warn", "remove", "fail"] = "warn"
+    """What happens with training rows that stand in the evaluation data too."""
+    chunk_overlap: int = Field(default=0, ge=0, le=1_000_000)
+    """Tokens that consecutive pieces of a long text share; they are learnt once."""
 
 
 class EarlyStopping(Section):
@@ -217,7 +225,7 @@ class TrainSpec(Section):
     learning_rate: float | None = Field(default=None, gt=0, le=10)
     """Peak learning rate; default by method and adapter (LoRA sft 2e-4, full 2e-5, cpt 5e-5)."""
     embedding_learning_rate: float | None = Field(default=None, gt=0, le=10)
-    """Rate of trained embeddings and head (later release; until then they learn at learning_rate)."""
+    """Rate of embeddings and head where they are trained; default with method cpt: a tenth of learning_rate."""
     effective_batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Rows per optimizer step over all devices: per_device_train_batch_size x gradient_accumulation_steps x devices."""
     per_device_train_batch_size: int | None = Field(default=None, ge=1, le=65536)
@@ -307,6 +315,8 @@ class HubSpec(Section):
     """Whether others can see it."""
     secret: str = Field(default="HF_TOKEN", pattern=r"^[A-Z][A-Z0-9_]{0,63}$")
     """Name of the token in secrets/ or the environment."""
+    dry_run: bool = False
+    """Push nothing; `hub.json` in the result says what would be pushed where."""
 
 
 class PublishSpec(Section):
@@ -363,7 +373,19 @@ class Spec(Section):
                 f"adapter.type full trains every weight, which {self.model.quantization} weights cannot take; "
                 "choose adapter.type: lora, or model.quantization: none"
             )
+        if self.train.embedding_learning_rate is not None and not self.trains_embeddings:
+            raise ValueError(
+                "train.embedding_learning_rate needs trained embeddings: "
+                "adapter.modules_to_save: [embed_tokens, lm_head], or adapter.type: full"
+            )
         return self
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether the embedding or the head is trained in full."""
+        targets = self.adapter.target_modules
+        named = {*self.adapter.modules_to_save, *(() if isinstance(targets, str) else targets)}
+        return self.adapter.type == "full" or not named.isdisjoint({"embed_tokens", "lm_head"})
 
     @property
     def slug(self) -> str:
@@ -372,4 +394,4 @@ class Spec(Section):
 
     @property
     def gguf_types(self) -> tuple[str, ...]:
-        return tuple(entry[5:] for entry in self.export if entry.startswith("gguf:"))
+        return tuple(entry.split(":")[1] for entry in self.export if entry.startswith("gguf:"))

@@ -20,6 +20,7 @@ def resolve(spec: Spec) -> Spec:
         update={
             "num_train_epochs": train.num_train_epochs if train.num_train_epochs or train.max_steps else 1.0,
             "learning_rate": rate,
+            "embedding_learning_rate": train.embedding_learning_rate or _embedding_rate(spec, rate),
             "warmup_ratio": 0.05 if train.warmup_ratio is None and train.warmup_steps is None else train.warmup_ratio,
             **batch,
         }
@@ -42,6 +43,11 @@ def default_learning_rate(spec: Spec) -> float:
     else:
         rate = 2e-4
     return rate / 10 if spec.adapter.type == "full" and rate > 2e-5 else rate
+
+
+def _embedding_rate(spec: Spec, rate: float) -> float | None:
+    """Continued pretraining that trains embeddings beside LoRA: a tenth. Full fine-tuning learns at one rate."""
+    return rate / 10 if spec.method == "cpt" and spec.adapter.type == "lora" and spec.trains_embeddings else None
 
 
 def _batch(spec: Spec) -> dict[str, int]:

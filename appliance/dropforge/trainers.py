@@ -1,88 +1,99 @@
-"""TRL's SFTTrainer and SFTConfig, subclassed thinly: they also take arguments under their older names and places.
+"""Trainers and configs of TRL and transformers, subclassed thinly: older names and places of arguments work too.
 
-A model loaded by FastLanguageModel brings its own row length, and texts that carry the begin and end tokens already do
-not get them twice. Everything else is TRL's.
+A model loaded by FastLanguageModel brings its own row length and precision, and texts that carry the begin and end
+tokens already do not get them twice. A checkpoint remembers its run, and no other run goes on from it.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
-import logging
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import transformers
 import trl
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments as PlainTrainingArguments
 
-from dropforge.errors import CommandError
-from dropforge.fast_language_model import FastLanguageModel, ModelState, state_of
+from dropforge.fast_modes import to_training
+from dropforge.fast_repairs import warn_of_untrained
+from dropforge.fast_state import state_of
+from dropforge.parameter_groups import EmbeddingRateMixin
+from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
+from dropforge.trainer_records import check_same_run, find_checkpoint, write_record
+from dropforge.trainer_texts import encode_text, tokenised
 
-LOG = logging.getLogger("dropforge")
-RENAMED = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps",
-           "no_cuda": "use_cpu", "per_gpu_train_batch_size": "per_device_train_batch_size"}  # fmt: skip
-WITHOUT_EFFECT = ("overwrite_output_dir", "save_safetensors")
-"""Older arguments whose effect is now always on, or is decided by resume_from_checkpoint."""
-MOVED = ("dataset_text_field", "max_seq_length", "packing", "dataset_num_proc", "eval_packing", "dataset_kwargs")
-"""Arguments of the config that older scripts give to the trainer."""
+if TYPE_CHECKING:
+    from dropforge.trainers_preference import CPOConfig as CPOConfig
+    from dropforge.trainers_preference import CPOTrainer as CPOTrainer
+    from dropforge.trainers_preference import DPOConfig as DPOConfig
+    from dropforge.trainers_preference import DPOTrainer as DPOTrainer
+    from dropforge.trainers_preference import KTOConfig as KTOConfig
+    from dropforge.trainers_preference import KTOTrainer as KTOTrainer
+    from dropforge.trainers_preference import ORPOConfig as ORPOConfig
+    from dropforge.trainers_preference import ORPOTrainer as ORPOTrainer
+
+__all__ = ["DropforgeTrainer", "DropforgeTrainingArguments", "SFTConfig", "SFTTrainer", "Trainer",
+           "TrainingArguments", "encode_text"]  # fmt: skip
+_PREFERENCE = ("DPO", "KTO", "ORPO", "CPO")
 
 
-class SFTConfig(trl.SFTConfig):
-    """trl.SFTConfig that also takes max_seq_length, warmup_ratio, evaluation_strategy and other older names.
+class TrainingArguments(OlderNames, PlainTrainingArguments):
+    """transformers.TrainingArguments that also takes older names, and embedding_learning_rate. See OlderNames."""
 
-    On a machine without a GPU it trains on the CPU in fp32 unless told otherwise. Raises CommandError api-argument for
-    a name that neither TRL nor its older releases know, and for one argument under two names with two values.
+
+class SFTConfig(OlderNames, trl.SFTConfig):
+    """trl.SFTConfig that also takes max_seq_length, warmup_ratio and other older names, and embedding_learning_rate.
+
+    embedding_learning_rate: rate of embed_tokens and lm_head when they are trained, usually 2 to 10 times smaller than
+    learning_rate; None: they learn like the rest. See OlderNames.
     """
 
-    def __init__(self, *args: Any, **arguments: Any) -> None:
-        translated = _translate(arguments)
-        self.length_given = "max_length" in translated
-        if not torch.cuda.is_available():
-            translated.setdefault("use_cpu", True)
-            if not translated.get("fp16"):
-                translated.setdefault("bf16", False)
-            translated.setdefault("dataloader_pin_memory", False)
-        super().__init__(*args, **translated)
+
+class DropforgeTrainingArguments(SFTConfig):
+    """SFTConfig under the name that continued-pretraining scripts use."""
 
 
-def _translate(arguments: dict[str, Any]) -> dict[str, Any]:
-    fields = {field.name for field in dataclasses.fields(trl.SFTConfig) if field.init}
-    result: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if name in WITHOUT_EFFECT:
-            LOG.info("%s has no effect any more", name)
-            continue
-        new = name if name in fields else RENAMED.get(name)
-        if new is None:
-            near = difflib.get_close_matches(name, [*fields, *RENAMED], n=1)
-            raise CommandError(
-                f"SFTConfig has no argument {name!r}", code="api-argument", where=name,
-                fix=f"did you mean {near[0]!r}?" if near else "see TRL's page of SFTConfig",
-            )  # fmt: skip
-        if new in result and result[new] != value:
-            if name == "warmup_ratio" or "warmup_ratio" in arguments:
-                # transformers let steps win over the ratio.
-                result[new] = arguments["warmup_steps"] or arguments["warmup_ratio"]
-                continue
-            raise CommandError(
-                f"{name} and {new} are the same argument with two values", code="api-argument", where=name,
-                fix=f"give only {new}",
-            )  # fmt: skip
-        result[new] = value
-    return result
+class RunRecord:
+    """Mixin before a trainer: checkpoints carry a record of their run, and resuming compares it first."""
+
+    args: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:
+        """As the trainer's own. Raises CommandError: api-no-checkpoint, api-other-run, before anything is loaded."""
+        folder = find_checkpoint(resume_from_checkpoint, output_dir=self.args.output_dir)
+        if folder is not None:
+            check_same_run(folder, self)
+        return super().train(resume_from_checkpoint=str(folder) if folder else None, **others)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer: Any = self
+        if trainer.is_world_process_zero():
+            name = f"checkpoint-{trainer.state.global_step}"
+            write_record(trainer, Path(trainer._get_output_dir(trial=trial)) / name)
 
 
-class SFTTrainer(trl.SFTTrainer):
-    """trl.SFTTrainer that also takes tokenizer, dataset_text_field, max_seq_length, packing and dataset_num_proc.
+class Trainer(RunRecord, EmbeddingRateMixin, transformers.Trainer):
+    """transformers.Trainer that also takes `tokenizer`, and knows the models of this library."""
 
-    Raises CommandError api-argument when one argument is given in two places with two values.
+    def __init__(self, model: Any = None, args: Any = None, *, tokenizer: Any = None, **others: Any) -> None:
+        others.setdefault("processing_class", tokenizer)
+        state = state_of(model)
+        if state is not None:
+            to_training(model)
+        super().__init__(model=model, args=fit_to_model(as_config(args, TrainingArguments), state), **others)
+
+
+class SFTTrainer(RunRecord, EmbeddingRateMixin, trl.SFTTrainer):
+    """trl.SFTTrainer that also takes tokenizer, dataset_text_field, max_seq_length, packing and such.
+
+    Raises CommandError api-argument for an argument nobody knows, or given in two places with two values;
+    api-precision, api-embedding-rate, and when training goes on: api-no-checkpoint, api-other-run.
     """
 
     def __init__(
         self,
         model: Any,
-        args: TrainingArguments | None = None,
+        args: PlainTrainingArguments | None = None,
         *,
         tokenizer: Any = None,
         processing_class: Any = None,
@@ -91,22 +102,26 @@ class SFTTrainer(trl.SFTTrainer):
         formatting_func: Any = None,
         **others: Any,
     ) -> None:
-        moved = {name: others.pop(name) for name in MOVED if others.get(name) is not None}
+        stay, moved = split_moved(trl.SFTTrainer, trl.SFTConfig, others)
         state = state_of(model)
-        config = _with_length(_with_moved(_as_config(args), moved), state)
+        config = fit_to_model(with_moved(as_config(args, SFTConfig), moved), state)
         tokens = processing_class or tokenizer or (state.tokenizer if state else None)
         if state is not None:
-            FastLanguageModel.for_training(model)
-            # Its layers are recomputed as get_peft_model was told; TRL's default would switch that on again.
-            config.gradient_checkpointing = state.checkpointing
-            config.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            to_training(model)
         if tokens is not None and formatting_func is None:
-            train_dataset = _tokenised(train_dataset, tokens, config)
-            eval_dataset = _tokenised(eval_dataset, tokens, config)
+            train_dataset = tokenised(train_dataset, tokens, config)
+            eval_dataset = tokenised(eval_dataset, tokens, config)
+        trained = _trained_values(model)
         super().__init__(
             model=model, args=config, processing_class=tokens, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            formatting_func=formatting_func, **others,
+            formatting_func=formatting_func, **stay,
         )  # fmt: skip
+        # TRL rounds what is trained beside quantised weights to bf16, which loses small updates.
+        for name, parameter in self.model.named_parameters():
+            if name in trained:
+                parameter.data = trained[name]
+        if state is not None:
+            warn_of_untrained(self.train_dataset, model, state)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -117,7 +132,7 @@ class SFTTrainer(trl.SFTTrainer):
         """
         if self.args.device.type == "cpu" or (model.training and self._has_our_loss()):
             inputs = {**inputs, "use_cache": False}
-            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+            return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _has_our_loss(self) -> bool:
@@ -129,66 +144,20 @@ class SFTTrainer(trl.SFTTrainer):
         return any(swap.patch.endswith(".linear_cross_entropy") for swap in session.report.swaps)
 
 
-def _as_config(args: TrainingArguments | None) -> trl.SFTConfig:
-    if args is None:
-        return SFTConfig(output_dir="outputs")
-    if isinstance(args, trl.SFTConfig):
-        return copy.copy(args)
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
-    return SFTConfig(**given)
+class DropforgeTrainer(SFTTrainer):
+    """SFTTrainer under the name that continued-pretraining scripts use; see embedding_learning_rate of SFTConfig."""
 
 
-def _with_moved(config: trl.SFTConfig, moved: dict[str, Any]) -> trl.SFTConfig:
-    defaults = {field.name: field.default for field in dataclasses.fields(trl.SFTConfig)}
-    for name, value in moved.items():
-        field = RENAMED.get(name, name)
-        current = getattr(config, field)
-        if current not in (defaults[field], value):
-            raise CommandError(
-                f"{name}={value!r} of the trainer and {field}={current!r} of its args contradict each other",
-                code="api-argument", where=name, fix="give it once, in SFTConfig",
-            )  # fmt: skip
-        setattr(config, field, value)
-        if field == "max_length":
-            config.length_given = True  # type: ignore[attr-defined]
-    return config
+def _trained_values(model: Any) -> dict[str, Any]:
+    if isinstance(model, str):
+        return {}
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _with_length(config: trl.SFTConfig, state: ModelState | None) -> trl.SFTConfig:
-    """The limit given at loading: used when the trainer has none, and never widened."""
-    if state is None:
-        return config
-    given = getattr(config, "length_given", True)
-    if not given or config.max_length is None or config.max_length > state.max_seq_length:
-        if given and config.max_length is not None:
-            LOG.warning("rows are cut at %d tokens, the max_seq_length given at loading", state.max_seq_length)
-        config.max_length = state.max_seq_length
-    return config
+def __getattr__(name: str) -> Any:
+    """The preference trainers, imported when they are first used: some are experimental in TRL, and say so loudly."""
+    if not name.startswith(_PREFERENCE):
+        raise AttributeError(f"module 'dropforge.trainers' has no attribute {name!r}")
+    from dropforge import trainers_preference
 
-
-def _tokenised(dataset: Any, tokenizer: Any, config: trl.SFTConfig) -> Any:
-    """A data set of rendered texts as input_ids, with one begin token and one end token each.
-
-    A chat template writes both into the text; a tokenizer that adds the first, and TRL that adds the second, would
-    make two. Other data sets (conversations, prompt and completion, tokenised, streamed) are left to TRL.
-    """
-    field = config.dataset_text_field
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or field not in columns or "input_ids" in columns:
-        return dataset
-
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": encode_text(row[field], tokenizer)}
-
-    return dataset.map(encode, remove_columns=columns, num_proc=config.dataset_num_proc, desc="tokens")
-
-
-def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of one training text, with neither a second begin token nor a second end token."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    if eos is not None and tokenizer.eos_token and not text.rstrip().endswith(tokenizer.eos_token):
-        ids = [*ids, eos]
-    return ids
+    return getattr(trainers_preference, name)

@@ -46,6 +46,7 @@ class JobCallback(TrainerCallback):
         self.stopped_for: Reason | None = None
         self._last_save = self._start_time = 0.0
         self._start_step, self._start_epoch = 0, 0.0
+        self._eval_batches = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,6 +104,13 @@ class JobCallback(TrainerCallback):
         }
         self.log.metrics(**row)
         self.log.progress(**row, eta_seconds=round((state.max_steps - state.global_step) * seconds / steps))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation may last longer than many steps: each of its batches shows that the job lives."""
+        self._eval_batches += 1
+        self.log.progress(eval_batches=self._eval_batches)
 
     def on_evaluate(
         self,

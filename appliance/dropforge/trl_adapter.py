@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from dropforge.checkpoints import CheckpointStore
 from dropforge.errors import JobStopped, Reason, TrainingError
 from dropforge.events import RunLog
+from dropforge.parameter_groups import EmbeddingRateMixin
 from dropforge.plan import Plan
 from dropforge.spec import TrainSpec
 from dropforge.stop import StopSignal
@@ -64,7 +65,7 @@ def sft_config(train: TrainSpec, plan: Plan, *, output: Path, has_eval: bool) ->
     )
 
 
-class JobSFTTrainer(SFTTrainer):
+class JobSFTTrainer(EmbeddingRateMixin, SFTTrainer):
     """TRL's SFTTrainer whose checkpoints go through a CheckpointStore."""
 
     def __init__(self, *args: Any, store: CheckpointStore, **kwargs: Any) -> None:
@@ -125,9 +126,11 @@ def train_sft(
         log.event("checkpoint_skipped", why=text)
     callback = JobCallback(log=log, stop=stop, train=train, trained_tokens=trained_tokens)
     early = EarlyStopCallback(train.early_stopping, store.folder / "best.safetensors", log)
+    config: Any = sft_config(train, plan, output=store.partial, has_eval=eval_dataset is not None)
+    config.embedding_learning_rate = train.embedding_learning_rate
     trainer = JobSFTTrainer(
         model=model,
-        args=sft_config(train, plan, output=store.partial, has_eval=eval_dataset is not None),
+        args=config,
         train_dataset=dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

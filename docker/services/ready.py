@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from healthcheck import problems, read_facts
 
 WAIT_SECONDS = 60.0
 DOCTOR_SECONDS = 120.0
+GPU_NAME, GPU_TRIAL = re.compile(r"GPU \d+ "), re.compile(r"GPU \d+: ")
 HOOKS = "/etc/dropforge/after-start.d"
 
 
@@ -52,17 +55,41 @@ def block(facts: dict[str, Any], faults: list[str], found: list[dict[str, str]])
     ssh = facts["ssh_port"]
     lines.append(f"  SSH        ssh -p PORT dropforge@HOST, with your key; port {ssh} here" if ssh else
                  "  SSH        off; give SSH_KEY to turn it on")  # fmt: skip
+    lines.append(f"  status     http://localhost:{facts['jupyter_port']}/dropforge/, or {facts['data']}/STATUS.md")
+    other = served_by_another(Path(facts["data"]))
+    if other:
+        lines.append(f"  STANDBY    {other} serves this folder already; nothing is started here until that ends")
     lines.append(f"  drop jobs  into {facts['data']}/inbox; results come out in {facts['data']}/results")
     if facts["persistent"]:
         lines += [f"  kept       {facts['data']}, all of it", "  not kept   everything else"]
     else:
         lines.append(f"  NOT KEPT   nothing is mounted at {facts['data']}: all goes when the container is removed")
     lines.append(f"  user       uid {os.getuid()}, gid {os.getgid()}")
+    return "\n".join([*lines, *verdict(found), "=" * 74, ""])
+
+
+def verdict(found: list[dict[str, str]]) -> list[str]:
+    """Each GPU in a line, whatever is not well, and one line when all that was tried on them is right."""
+    lines = []
     for finding in found:
-        if finding["level"] != "ok" or finding["what"].startswith("GPU"):
+        if finding["level"] != "ok":
             sign = "FAULT" if finding["level"] == "fault" else "note"
             lines.append(f"  {sign:<10} {finding['what']}" + (f" (fix: {finding['fix']})" if finding["fix"] else ""))
-    return "\n".join([*lines, "=" * 74, ""])
+        elif GPU_NAME.match(finding["what"]):
+            lines.append(f"  GPU        {finding['what'].removeprefix('GPU ')}")
+    tried = [finding["what"] for finding in found if GPU_TRIAL.match(finding["what"])]
+    if tried and not any(finding["level"] == "fault" for finding in found):
+        lines.append(f"  GPU        ready: {len(tried)} trials with real kernels gave the right answer")
+    return lines
+
+
+def served_by_another(data: Path) -> str:
+    """The name of the container or machine whose daemon serves this folder; empty when it is this one's."""
+    try:
+        host = str(json.loads((data / "state" / "daemon.json").read_text(encoding="utf-8"))["host"])
+    except (OSError, ValueError, KeyError):
+        return ""
+    return "" if host == os.uname().nodename else host
 
 
 if __name__ == "__main__":

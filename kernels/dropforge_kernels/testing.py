@@ -258,3 +258,23 @@ def row_shapes(device: str) -> tuple[tuple[int, int], ...]:
     """
     small = ((0, 33), (1, 1), (5, 33), (3, 128))
     return small if device == "cpu" else (*small, (4099, 128), (333, 1000), (130, 2560), (37, 4096), (9, 8192))
+
+
+@contextmanager
+def interpreted_loops() -> Iterator[None]:
+    """Lets kernels loop over a run-time count in Triton's interpreter: triton 3.6 turns such a count into an index with
+    ``int(array of one element)``, which numpy 2.4 refuses. Goes when triton uses ``.item()``.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def with_item(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_item
+    try:
+        yield
+    finally:
+        interpreter._patch_lang_tensor = original

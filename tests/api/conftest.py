@@ -37,3 +37,30 @@ def rows():
         }
         for country, city in facts.items()
     ]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a tiny random model of any config, with the tokenizer of builtin:tiny-llama; returns its folder."""
+    import transformers
+    from dropforge.models.source import resolve_model
+    from dropforge.paths import DataRoot
+    from dropforge.spec import ModelSpec
+
+    def make(name, config, *, auto="AutoModelForCausalLM", change=None):
+        source = resolve_model(ModelSpec(id="builtin:tiny-llama"), root=DataRoot(tmp_path / "data"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
+        text = config.get_text_config()
+        text.vocab_size = len(tokenizer)
+        text.pad_token_id = tokenizer.pad_token_id
+        torch.manual_seed(0)
+        model = getattr(transformers, auto).from_config(config)
+        if change is not None:
+            with torch.no_grad():
+                change(model, tokenizer)
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

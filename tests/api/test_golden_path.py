@@ -33,7 +33,7 @@ def test_causal_lm_golden_path(rows, tmp_path):
     from datasets import Dataset
     from dropforge.chat_templates import get_chat_template, standardize_sharegpt
 
-    tokenizer = get_chat_template(tokenizer, chat_template="chatml")
+    tokenizer = get_chat_template(tokenizer, chat_template="llama-3.1")
     ds = Dataset.from_list(rows)
     ds = standardize_sharegpt(ds)
 
@@ -67,13 +67,13 @@ def test_causal_lm_golden_path(rows, tmp_path):
 
     trainer = train_on_responses_only(
         trainer,
-        instruction_part = "<|im_start|>user\n",
-        response_part = "<|im_start|>assistant\n",
+        instruction_part = "<|start_header_id|>user<|end_header_id|>\n\n",
+        response_part = "<|start_header_id|>assistant<|end_header_id|>\n\n",
     )  # fmt: skip
     answers = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in trainer.train_dataset]
     assert sorted(answers)[0].rstrip("\n") == "It is Lima.<|im_end|>"
     first = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
-    assert first.count("<s>") == 1 and first.count("<|im_end|>") == 2
+    assert first.count("<s>") == 1 and first.count("<|im_end|>") == 3  # system, question, answer
 
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()

@@ -20,6 +20,18 @@ SURFACE = {
     "retry": {"job", "--data", "--json"},
     "export": {"job", "kinds", "--data", "--json"},
     "chat": {"result", "--prompt", "--system", "--max-tokens", "--temperature", "--data", "--json"},
+    "data": {
+        "action",
+        "files",
+        "--model",
+        "--template",
+        "--format",
+        "--max-length",
+        "--png",
+        "--colour",
+        "--data",
+        "--json",
+    },  # fmt: skip
     "doctor": {"--data", "--json"},
     "schema": {"--json"},
     "models": {"--data", "--json"},

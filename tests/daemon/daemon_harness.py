@@ -18,7 +18,7 @@ from dropforge.paths import DataRoot, RunFolder
 from dropforge.spec_check import check
 
 HERE = Path(__file__).parent
-FAKE_RUNNER = (sys.executable, "-P", str(HERE / "fake_runner.py"))
+FAKE_RUNNER = (sys.executable, str(HERE / "fake_runner.py"))
 FAST = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, grace_seconds=5.0, warm=False)
 
 
@@ -120,8 +120,15 @@ class Harness:
 class DaemonProcess:
     """A daemon in a child process that can be killed, optionally dying at a crash point."""
 
-    def __init__(self, root: DataRoot, *, die_at: str = "", nth: int = 1) -> None:
-        command = [sys.executable, "-P", str(HERE / "daemon_process.py"), str(root.path), die_at, str(nth)]
+    def __init__(self, root: DataRoot, *, die_at: str = "", nth: int = 1, journal: Path | None = None) -> None:
+        command = [
+            sys.executable,
+            str(HERE / "daemon_process.py"),
+            str(root.path),
+            die_at,
+            str(nth),
+            str(journal or ""),
+        ]
         self.child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def __enter__(self) -> DaemonProcess:

@@ -16,10 +16,15 @@ The job reads its behaviour from the spec's name: `steps-20 delay-50 ...` (lette
     deaf           ignores SIGTERM
     child          leaves a grandchild behind that left the session
     slow-prepare   half a second before training
+    slow-export    a second before its result is written
+    leak           says secrets/HF_TOKEN in every way it can, then fails
+    flood-N        prints N MiB, with what a terminal would obey
+    eval-MS        an evaluation of that length after the first step, a batch every 20 ms
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import re
@@ -27,6 +32,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from urllib.parse import quote
 
 from dropforge.checkpoints import CheckpointStore
 from dropforge.daemon import runner
@@ -60,6 +67,11 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
     if "-lose-gpu-" in words:
         raise RuntimeError("CUDA error: GPU is lost. Reboot the system to recover this GPU")
     stop.raise_if_requested()
+    if "-leak-" in words:
+        leak((root.secrets / "HF_TOKEN").read_text(), log)
+    for number_of_lines in [number("flood", 0) * 1024]:
+        for _ in range(number_of_lines):
+            print("\x1b[31m<b>" + "x" * 1015)
     log.state(State.TRAINING)
     stuck_at = number("stuck-at", -1) if attempt == 1 or "-once-" not in words else -1
     full_at = number("full-at", -1) if attempt == 1 or "-once-" not in words else -1
@@ -67,8 +79,27 @@ def fake_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop:
     if "-partial-" in words:
         return State.PARTIAL
     log.state(State.EXPORTING)
+    if "-slow-export-" in words:
+        time.sleep(1.0)
     write_text(run.path / "final", (run.path / "sum").read_text())
     return State.SUCCEEDED
+
+
+def leak(secret: str, log: RunLog) -> None:
+    encoded = base64.b64encode(secret.encode()).decode()
+    print(f"plain {secret}, in base64 {encoded}, in an address {quote(secret, safe='')}", flush=True)
+    print(secret, file=sys.stderr, end="")
+    subprocess.run([sys.executable, "-c", f"print('from a child', {secret!r})"], check=True)
+    log.event("note", text=f"a note with {secret}")
+    log.progress(loss=0.5, note={"deep": [secret]})
+    raise TrainingError(f"it failed at {secret}", code="train-nan", reason=Reason.NAN_LOSS, why=encoded)
+
+
+def evaluate(log: RunLog, seconds: float) -> None:
+    for batch in range(int(seconds / 0.02)):
+        time.sleep(0.02)
+        log.fields["eval_batches"] = batch
+        log.flush()
 
 
 def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int, full_at: int) -> None:
@@ -96,6 +127,8 @@ def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int, 
         value = (value * 31 + step) % 1_000_003
         log.progress(step=step, total_steps=number("steps", 5), loss=1.0 / step)
         log.metrics(step=step, loss=1.0 / step)
+        if step == 1 and number("eval", 0):
+            evaluate(log, number("eval", 0) / 1000)
         if step == number("fail-at", -1):
             raise TrainingError("the loss became nan", code="train-nan", reason=Reason.NAN_LOSS, fix="lower the rate")
         if step == full_at:
@@ -117,4 +150,10 @@ def train(run: RunFolder, log: RunLog, stop: StopSignal, number, stuck_at: int, 
 
 if __name__ == "__main__":
     runner.WARM_MODULES = ()
-    sys.exit(runner.main(job=fake_job))
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--journal"]:
+        import disk_recorder  # beside this file
+
+        disk_recorder.install(Path(arguments[arguments.index("--data") + 1]), Path(arguments[1]))
+        arguments = arguments[2:]
+    sys.exit(runner.main(arguments, job=fake_job))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 from pathlib import Path
 
@@ -151,7 +150,7 @@ def test_a_deaf_runner_of_a_dead_daemon_is_killed_before_the_job_starts_again(ro
         harness.until_in("running")
 
 
-def test_sigterm_saves_and_returns_0_and_a_second_one_does_not_wait(root: DataRoot) -> None:
+def test_sigterm_saves_and_a_second_one_does_not_wait(root: DataRoot) -> None:
     drop(root, "deaf.yaml", spec_text("deaf steps-100000 delay-20"))
     with DaemonProcess(root) as daemon:
         wait_until(lambda: places(root).get("running") and trains(root.run(places(root)["running"][0])))
@@ -160,7 +159,7 @@ def test_sigterm_saves_and_returns_0_and_a_second_one_does_not_wait(root: DataRo
         daemon.terminate()
         wait_until(lambda: attempts.read_stop(run, 1) is not None)
         daemon.terminate()
-        assert daemon.wait(4.0) == 0  # less than the grace period of 5 s
+        assert daemon.wait(4.0) == 128 + signal.SIGTERM  # less than the grace period of 5 s
     assert process.ProcessId.of(pid) is None
     assert places(root) == {"queue": [run.id]}
     assert status(run)["state"] == "interrupted"
@@ -225,30 +224,3 @@ def test_a_status_that_contradicts_the_place_is_put_right(root: DataRoot) -> Non
     put(root, "held", ticket)
     with Harness(root):
         assert status(root.run(job_id))["state"] == "held"
-
-
-@pytest.mark.slow
-def test_random_kills_of_daemon_and_runner(root: DataRoot) -> None:
-    """40 kills over 6 jobs: none lost, none doubled, every end equal to that of an uninterrupted run."""
-    choose = random.Random(20260101)
-    for number in range(6):
-        drop(root, f"job{number}.yaml", spec_text(f"good{number} steps-40 delay-25 save-1"))
-    kills = 0
-    while kills < 40 and len(places(root).get("done", [])) < 6:
-        with DaemonProcess(root) as daemon:
-            for _ in range(choose.randint(1, 4)):
-                try:
-                    daemon.wait(choose.uniform(0.1, 0.9))
-                except Exception:  # noqa: BLE001  (still alive, as it should be)
-                    running = places(root).get("running", [])
-                    held = holder(root.run(running[0])) if running else None
-                    if held is not None and choose.random() < 0.7:
-                        process.kill(held.pid)
-                        kills += 1
-            daemon.kill()
-            kills += 1
-    with Harness(root) as harness:
-        harness.until_in("done", count=6)
-    assert {len(ids) for ids in places(root).values()} == {6}
-    for job_id in places(root)["done"]:
-        assert (root.run(job_id).path / "final").read_text() == expected_sum(40)

@@ -73,15 +73,14 @@ def test_bad_files(bench, name, content, code, where, word):
 ROWS = [
     (chat(("user", "hi")), "data-no-assistant", "user"),
     (chat(("user", "hi"), ("wizard", "abracadabra")), "data-role-unknown", "wizard"),
-    (chat(("user", "hi"), ("tool", "42"), ("assistant", "42")), "data-format-later", "tool"),
     ({"messages": "hi"}, "data-row-invalid", "str"),
     ({"messages": ["hi", "ho"]}, "data-row-invalid", "turn 1"),
     (chat(("user", [{"type": "image", "image": "x"}]), ("assistant", "a cat")), "data-format-later", "image"),
     (chat(("user", {"a": 1}), ("assistant", "a")), "data-row-invalid", "dict"),
     (
-        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]},
-        "data-format-later",
-        "calls a tool",
+        {"messages": [*GOOD["messages"], {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]},
+        "data-template-refused",
+        "does not write the tool call",
     ),
 ]
 

@@ -72,7 +72,7 @@ def passenger(**fields):
 def test_column_templates():
     assert passenger() == "The passenger embarked from S.\nThey are 22 years old. They paid 7.25. {literally}"
     assert passenger(Age=float("nan")) == "The passenger embarked from S. They paid 7.25. {literally}"
-    assert passenger(Embarked=None, Age="") == " They paid 7.25. {literally}"
+    assert passenger(Embarked=None, Age="") == "They paid 7.25. {literally}"
     assert passenger(Fare=None).endswith("They paid . {literally}")
     assert parse("{a}[[ x {b}{a}]]").columns == ("a", "b")
     assert parse("[[{b}{a}]]").fill({"a": "1", "b": ""}) == ""

@@ -49,7 +49,7 @@ def test_known_answers():
 def test_both_files_are_understood(bench, name, form, rows):
     data = bench.prepare(bench.write(name, (FOLDER / name).read_bytes()))
     assert (data.report.format, data.report.rows, data.report.rows_dropped) == (form, rows, 0)
-    assert not data.report.warnings
+    assert [w for w in data.report.warnings if "to begin with" not in w] == []
 
 
 def dictionary(path, names, *, last=103):

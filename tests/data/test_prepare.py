@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 from dropforge.data.mixture import split, weighted
+from dropforge.data.process import Batch
 from dropforge.data.table import TokenTable
 from dropforge.data.tokenize import Tokens
 
@@ -79,7 +81,7 @@ def test_eval_from_its_own_file(bench):
 def test_a_slice_of_a_local_file(bench):
     name = bench.jsonl("a.jsonl", ROWS)
     data = bench.prepare([{"path": name, "split": "train[10:13]"}, {"path": name, "split": "train[:1]"}])
-    assert texts(bench, data.train) == ["answer 10", "answer 11", "answer 12", "answer 0"]
+    assert texts(bench, data.train) == ["answer 10", "answer 11", "answer 0", "answer 12"]
 
 
 def test_formats_may_differ_between_files(bench):
@@ -143,8 +145,24 @@ def test_two_processes_give_the_same_rows_and_the_same_builtin_model(bench):
 
 
 def table(count, *, distinct):
+    """Rows of two tokens, of which `distinct` are different."""
+    first = np.arange(count) % distinct
     rows = TokenTable()
-    rows.add([Tokens(input_ids=[i % distinct, 1], labels=[-100, 1]) for i in range(count)], source=0)
+    rows.add(
+        Batch(
+            ids=np.stack([first, np.ones(count)], axis=1).astype(np.int32).ravel(),
+            labels=np.stack([np.full(count, -100), np.ones(count)], axis=1).astype(np.int32).ravel(),
+            ends=np.arange(2, 2 * count + 2, 2),
+            numbers=np.arange(1, count + 1),
+            digests=first.astype(np.uint64),
+            loose=first.astype(np.uint64),
+            learnt=np.ones(count, dtype=np.int32),
+            full=np.full(count, 2, dtype=np.int32),
+            signatures=np.empty((0, 32), dtype=np.uint32),
+        ),
+        source=0,
+        part=0,
+    )
     return rows
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -103,7 +105,7 @@ def test_power_cut_in_the_middle_of_training_ends_with_the_same_bytes(appliance,
 def test_stop_saves_and_the_next_start_goes_on(appliance, make_job):
     job_id = appliance.drop(make_job(name="stopped", train="max_steps: 150"))
     appliance.wait(lambda: appliance.status(job_id).get("step", 0) >= 5, "five steps")
-    assert appliance.stop() == 0
+    assert appliance.stop() == 128 + signal.SIGTERM
     status = appliance.status(job_id)
     assert status["state"] in ("interrupted", "queued"), status
     assert status["step"] < 150
@@ -111,10 +113,20 @@ def test_stop_saves_and_the_next_start_goes_on(appliance, make_job):
     appliance.wait_state(job_id, "succeeded")
 
 
-def test_a_second_daemon_refuses(appliance):
-    done = appliance.run("watch", check=False)
-    assert done.returncode == 3
-    assert "daemon-running" in done.stderr
+def test_a_second_daemon_stands_by_and_says_why(appliance):
+    second = subprocess.Popen(
+        [sys.executable, "-P", "-m", "dropforge", "watch"], env=appliance.environment, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert second.stderr is not None
+    said = ""
+    while "daemon-running" not in said:
+        line = second.stderr.readline()
+        assert line, f"it ended: {said}"
+        said += line
+    assert "standing by" in said
+    second.terminate()
+    assert second.wait(30) == 128 + signal.SIGTERM
+    second.stderr.close()
 
 
 def test_the_foreground_run_hands_over_to_the_daemon(appliance, make_job, tmp_path: Path):

@@ -13,7 +13,7 @@ from dropforge.export_kinds import GGUF_NEEDS_IMATRIX, GGUF_TYPES
 from dropforge.paths import ResultFolder
 from export_harness import memorise
 
-TYPES = [name for name in GGUF_TYPES if name not in GGUF_NEEDS_IMATRIX and name != "q2_k_l"]
+TYPES = [name for name in GGUF_TYPES if name not in GGUF_NEEDS_IMATRIX]
 
 
 def table(bench, tmp_path, **changes) -> dict[str, dict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,6 +24,15 @@ OWN = {
     "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 5},
     "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def loops_in_the_interpreter() -> Iterator[None]:
+    """Kernels may loop over a run-time count."""
+    from dropforge_kernels.testing import interpreted_loops
+
+    with interpreted_loops():
+        yield
 
 
 @pytest.fixture

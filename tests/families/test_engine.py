@@ -207,3 +207,19 @@ def test_two_forwards_before_two_backwards(tiny, batch):
     )
     session.close()
     assert_same(got, step(model, batch, num_items_in_batch=items))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_kernels_of_a_packed_step(family, tiny, batch):
+    """The same through the Triton kernels, in their interpreter where there is no GPU."""
+    from dropforge_kernels.dispatch import Backend, forced
+
+    model = adapted(tiny(family))
+    packed, _ = packed_batch(batch)
+    session, _ = engine_of(model)
+    items = torch.tensor(12)
+    want = step(model, packed, num_items_in_batch=items)
+    with forced(Backend.TRITON):
+        got = step(model, packed, num_items_in_batch=items)
+    session.close()
+    assert_same(got, want)

@@ -40,11 +40,18 @@ def run_label() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ssh_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A private key; the public one lies beside it as .pub."""
-    path = tmp_path_factory.mktemp("ssh") / "id_ed25519"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
-    return path
+def ssh_keys(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three private keys of several kinds; the public ones lie beside them as .pub."""
+    folder = tmp_path_factory.mktemp("ssh")
+    paths = [folder / "id_ed25519", folder / "id_ecdsa", folder / "id_other"]
+    for path, kind in zip(paths, ("ed25519", "ecdsa", "ed25519"), strict=True):
+        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", f"me@{kind}", "-f", str(path)], check=True)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def ssh_key(ssh_keys: list[Path]) -> Path:
+    return ssh_keys[0]
 
 
 @pytest.fixture

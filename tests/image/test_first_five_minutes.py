@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from image_container import docker
+from image_container import READY, docker
 from image_jupyter import Browser
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "container.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guides" / "container.md"
+README = ROOT / "README.md"
 
 
 def blocks() -> list[str]:
@@ -39,3 +42,35 @@ def test_the_page_works_as_written(tmp_path: Path, docker_path: str) -> None:
     assert len(said) == 8
     assert "=== Dropforge is ready" in said[1] and "Au" in said[5] and ".gguf" in said[5]
     assert list((tmp_path / "work" / "results").rglob("*.gguf"))
+
+
+def test_the_line_of_the_readme_works_as_written(tmp_path: Path, docker_path: str) -> None:
+    """In the foreground, with -e DROPFORGE_DEVICE=cpu instead of --gpus all, as the README says; Ctrl-C ends it."""
+    (line,) = re.findall(r"^docker run .* dropforge$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert "(without a GPU: -e DROPFORGE_DEVICE=cpu instead of --gpus all)" in README.read_text(encoding="utf-8")
+    command = line.replace("--gpus all", "-e DROPFORGE_DEVICE=cpu")
+    assert command != line
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=tmp_path, env={**os.environ, "PATH": docker_path}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout
+    try:
+        said = ""
+        for text in process.stdout:
+            said += text
+            if text == READY + "\n":
+                break
+        (password,) = re.findall(r"^  password   (\S+) ", said, re.MULTILINE)
+        assert Browser(8888).login(password) == 302
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        left = docker("ps", "-aq", "--filter", f"volume={tmp_path}/work").stdout.split()
+        if left:
+            docker("rm", "--force", *left)
+    assert (tmp_path / "work" / "inbox").is_dir()

@@ -88,12 +88,18 @@ def test_a_generated_password_is_shown_once_and_kept(start: Callable[..., Contai
     assert Browser(container.port(8888)).login(password) == 302
 
 
-def test_a_second_container_on_the_same_folder_ends_and_says_why(start: Callable[..., Container]) -> None:
+def test_a_second_container_on_the_same_folder_stands_by_and_says_why(start: Callable[..., Container]) -> None:
+    """It shows status and starts nothing; its daemon takes over when the first one ends."""
     first = start()
-    second = start(ready=False)
-    assert second.wait_exit() == 70
-    assert "another daemon serves this data root" in second.logs()
-    assert first.health() == (0, "healthy\n")
+    second = start()
+    until(30, "the second daemon to say why it waits", lambda: "another daemon serves" in second.logs())
+    assert "standing by" in second.logs()
+    assert f"STANDBY    {first.inspect()['Config']['Hostname']} serves this folder already" in second.logs()
+    assert first.health() == second.health() == (0, "healthy\n")
+    docker("stop", "--time", "30", first.id)
+    until(30, "its turn", lambda: "serving /workspace/work" in second.logs())
+    drop(second, "long.yaml", LONG_JOB.replace("90", "2"))
+    second.wait_job("long.yaml", "succeeded")
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +122,39 @@ def test_a_killed_service_is_seen_and_comes_back(victim: Container, service: str
     assert victim.running
 
 
+def test_a_daemon_that_is_asked_to_end_alone_comes_back(victim: Container) -> None:
+    """Somebody's kill: nobody but supervisord stops the daemon for long."""
+    until(30, "healthy", lambda: victim.health()[0] == 0)
+    before = victim.pid("daemon")
+    victim.exec("kill", "-TERM", str(before))
+    until(40, "another daemon", lambda: victim.pid("daemon") not in (0, before))
+    until(40, "healthy again", lambda: victim.health()[0] == 0)
+    assert "exited: daemon (exit status 143; not expected)" in victim.logs()
+
+
 def test_a_daemon_that_hangs_is_seen(victim: Container) -> None:
     """Alive for supervisord, but its heart does not beat."""
     until(30, "healthy", lambda: victim.health()[0] == 0)
     victim.exec("kill", "-STOP", str(victim.pid("daemon")))
     until(60, "unhealthy", lambda: "heartbeat is" in victim.health()[1], every=2)
+    page = (
+        "import status_route as s, pathlib, datetime as d;"
+        "print(s.page(s.read_queue(pathlib.Path('/workspace/work')), now=d.datetime.now(d.UTC)))"
+    )
+    assert "what follows is old" in victim.exec("env", "PYTHONPATH=/opt/dropforge", "/opt/venv/bin/python", "-c", page)
     victim.exec("kill", "-CONT", str(victim.pid("daemon")))
     until(20, "healthy again", lambda: victim.health()[0] == 0)
+
+
+def test_a_drained_daemon_stays_down_until_the_container_starts_again(start: Callable[..., Container]) -> None:
+    container = start()
+    (container.work / "control" / "drain").touch()
+    until(30, "drained", lambda: "exited: daemon (exit status 0; expected)" in container.logs())
+    status, text = container.health()
+    assert status == 1 and "daemon is EXITED" in text and "after a drain it stays down" in text
+    docker("restart", "--time", "30", container.id)
+    container.wait_ready(times=2)
+    assert container.health() == (0, "healthy\n")
 
 
 def test_a_service_that_cannot_be_kept_up_ends_the_container(start: Callable[..., Container], ssh_key: Path) -> None:

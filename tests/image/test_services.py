@@ -54,14 +54,16 @@ for pid in parents:
 
 
 @pytest.fixture(scope="module")
-def running(run_label: str, ssh_key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+def running(run_label: str, ssh_keys: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     """The work folder belongs to a host user of its own, as it does on people's machines."""
     work = tmp_path_factory.mktemp("services") / "work"
     work.mkdir()
     os.chown(work, OWNER, OWNER)
+    public = [key.with_suffix(".pub").read_text().strip() for key in ssh_keys]
     container = Container.start(
         run_label, "--health-interval", "2s", "--health-start-period", "1s", work=work,
-        env={**CANARIES, "SSH_KEY": ssh_key.with_suffix(".pub").read_text(), "DROPFORGE_SETTLE_SECONDS": "1"},
+        env={**CANARIES, "SSH_KEY": f"{public[0]}\n# the office machine\n\n  {public[1]}  ", "PUBLIC_KEY": public[2],
+             "DROPFORGE_SETTLE_SECONDS": "1"},
     )  # fmt: skip
     yield container
     container.remove()
@@ -101,7 +103,7 @@ def test_it_is_ready_within_20_seconds_and_says_so_once(running: Container) -> N
     assert log.count(READY) == 1
     block = log[log.index("=== Dropforge is ready") :]
     for promised in ("http://localhost:8888/", "JUPYTER_PASSWORD", "port 22 here", "/workspace/work/inbox", "uid 4321",
-                     "kept       /workspace/work, all of it", "DROPFORGE_DEVICE=cpu"):  # fmt: skip
+                     "kept       /workspace/work, all of it", "GPU: not used, because DROPFORGE_DEVICE=cpu", "/dropforge/"):  # fmt: skip
         assert promised in block
 
 
@@ -191,6 +193,26 @@ def test_the_terminal_is_a_login_shell_with_the_command(browser: Browser) -> Non
     assert re.search(r"^dropforge \d+\.\d+\.\d+\ndropforge\nend$", said, re.MULTILINE)
 
 
+def test_the_status_page_is_behind_the_login_and_true(
+    running: Container, browser: Browser, finished: dict[str, object]
+) -> None:
+    stranger = Browser(running.port(8888))
+    for path in ("/dropforge/", "/dropforge/queue.json"):
+        answer = stranger.ask("GET", path)
+        assert answer.status == 302 and answer.headers["Location"].startswith("/login?")
+        assert str(finished["id"]) not in answer.text  # type: ignore[attr-defined]
+    (running.work / "inbox" / "<script>alert(1)<b>.txt.yaml").write_text("version: 1\nname: [\n")
+    until(30, "both on the page", lambda: all(
+        word in browser.ask("GET", "/dropforge/").text  # type: ignore[attr-defined]
+        for word in ("&lt;script&gt;", f"<td>{finished['id']}</td><td>succeeded</td>")
+    ))  # fmt: skip
+    page = browser.ask("GET", "/dropforge/")
+    assert page.headers["Content-Type"].startswith("text/html") and "<script" not in page.text  # type: ignore[attr-defined]
+    assert re.search(r"the daemon is running; written \d s ago", page.text)  # type: ignore[attr-defined]
+    assert "small" in {job["name"] for job in browser.api("/dropforge/queue.json")["ended"]}
+    assert browser.ask("POST", "/dropforge/", body={}).status == 405, "it is to be read only"
+
+
 def test_guessing_closes_the_login_but_not_the_session(running: Container, browser: Browser) -> None:
     guesser = Browser(running.port(8888))
     statuses = [guesser.login(f"guess {number}") for number in range(7)]
@@ -208,6 +230,11 @@ def test_ssh_lets_in_the_key_and_its_environment_holds_no_secret(running: Contai
     names = {line.partition("=")[0] for line in lines[3:]}
     assert {"DROPFORGE_DATA", "HF_HOME", "HF_TOKEN_PATH"} <= names
     assert not {name for name in names if name.endswith(("TOKEN", "KEY", "PASSWORD", "SECRET"))}
+
+
+def test_every_one_of_several_keys_gets_in(running: Container, ssh_keys: list[Path]) -> None:
+    """Two lines of SSH_KEY, with a comment and blanks between them, and PUBLIC_KEY."""
+    assert [ssh(running, key, "id -un").stdout.strip() for key in ssh_keys] == ["dropforge"] * 3
 
 
 def test_ssh_gives_a_terminal_and_copies_files(running: Container, ssh_key: Path, tmp_path: Path) -> None:
@@ -262,6 +289,11 @@ def test_secrets_are_found_nowhere(running: Container, finished: dict[str, objec
         for path in running.work.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert needle not in path.read_bytes(), f"{name} in {path.relative_to(running.work)}"
+    files = running.exec(
+        "grep", "-rlF", "-f", "/dev/stdin", "/etc", "/root", "/run", "/tmp", "/var", "/dev/shm",
+        user="0:0", input="\n".join(CANARIES.values()) + "\n", check=False,
+    )  # fmt: skip
+    assert sorted(files.split()) == [f"/run/dropforge/secrets/{name}" for name in ("HF_TOKEN", "WANDB_API_KEY")]
     modes = running.exec(
         "find", "/run/dropforge/secrets", "/run/dropforge/jupyter_password_hash", "-type", "f", "-printf", "%m %u\\n"
     )

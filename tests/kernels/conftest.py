@@ -26,21 +26,15 @@ if not HAS_CUDA:
 
 
 @pytest.fixture(autouse=True)
-def interpreter_with_numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets kernels loop over a run-time count in the interpreter: triton 3.6 turns such a count into an index with
-    ``int(array of one element)``, which numpy 2.4 refuses. Goes when triton uses ``.item()``.
-    """
+def loops_in_the_interpreter() -> Iterator[None]:
+    """Kernels may loop over a run-time count."""
     if HAS_CUDA:
+        yield
         return
-    from triton.runtime import interpreter
+    from dropforge_kernels.testing import interpreted_loops
 
-    original = interpreter._patch_lang_tensor
-
-    def with_item(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_item)
+    with interpreted_loops():
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

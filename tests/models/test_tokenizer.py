@@ -110,13 +110,3 @@ def test_an_unreadable_tokenizer(tmp_path):
     with pytest.raises(ModelError) as caught:
         load_tokenizer(tmp_path)
     assert caught.value.code == "tokenizer-unreadable"
-
-
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
-def test_templates_render_what_they_say(llama, name):
-    tokenizer, _ = load_tokenizer(llama)
-    tokenizer.chat_template = TEMPLATES[name].text
-    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert text.rstrip().endswith("good morning" + TEMPLATES[name].end_of_turn)
-    assert all(marker in text for marker in TEMPLATES[name].markers)
-    assert text.startswith("<s>") == name.endswith("-bos")

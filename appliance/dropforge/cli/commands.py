@@ -68,6 +68,21 @@ COMMANDS = (
         ),
     ),
     Command(
+        name="data", help="report: what is in a data file, what a model would learn from it, and what is wrong with it",
+        module="data_commands", function="data",
+        arguments=(
+            _arg("action", choices=("report",), help="the only one so far"),
+            _arg("files", nargs="+", type=Path, metavar="FILE", help="data files or folders, or a job spec"),
+            _arg("--model", metavar="ID", help="count with this model's tokenizer and chat template"),
+            _arg("--template", default="auto", metavar="NAME", help="chat template (default: the model's own)"),
+            _arg("--format", default="auto", metavar="FORMAT", help="format of the rows (default: detected)"),
+            _arg("--max-length", type=int, metavar="N", help="cut rows to so many tokens"),
+            _arg("--png", type=Path, metavar="FILE", help="draw the histogram of lengths"),
+            _arg("--colour", action="store_true", help="colour what is learnt also when not in a terminal"),
+            _DATA,
+        ),
+    ),
+    Command(
         name="chat", help="talk to a result", module="result_commands", function="chat",
         arguments=(
             _arg("result", metavar="RESULT", help="job id or name, or a result folder"),

@@ -1,4 +1,8 @@
-"""watch: the daemon in the foreground. Logs to standard error; the first SIGTERM saves and ends, a second one kills."""
+"""watch: the daemon in the foreground. Logs to standard error; the first SIGTERM saves and ends, a second one kills.
+
+Exit status: 0 after a drain, 143 after SIGTERM, 130 after Ctrl-C. So a supervisor that restarts on anything but 0 keeps it
+down after a drain and brings it back after a stray signal.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from argparse import Namespace
 
 from dropforge.cli.output import data_root
 from dropforge.daemon.loop import Daemon, DaemonOptions
+from dropforge.daemon.standby import serve
 from dropforge.hardware import probe
 from dropforge.paths import DataRoot
 from dropforge.schema import SCHEMA_FILE
@@ -20,9 +25,8 @@ def watch(arguments: Namespace) -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
     )
     copy_schema(root)
-    with Daemon(root, options=daemon_options(root)) as daemon:
-        daemon.run()
-    return 0
+    options = daemon_options(root)
+    return serve(lambda: Daemon(root, options=options))
 
 
 def daemon_options(root: DataRoot, *, warm: bool = True) -> DaemonOptions:

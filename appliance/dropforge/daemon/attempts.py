@@ -1,6 +1,6 @@
 """`runs/<id>/attempts/NNN/`: one folder per start of a job, and how it ended.
 
-    log.txt      what the job printed
+    log.txt      what the job printed (log_pump.py: clean and capped)
     stop.json    {"reason"}: somebody asked this attempt to stop (written before the signal is sent)
     exit.json    how it ended, written by the runner, or by the daemon when the runner died
 
@@ -80,6 +80,11 @@ def numbers(run: RunFolder) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if re.fullmatch(r"\d{3,}", entry.name))
+
+
+def log_of(run: RunFolder, number: int) -> Path:
+    """What the attempt printed; an older part of much output is in log.1.txt beside it."""
+    return run.attempt(number) / "log.txt"
 
 
 def started(run: RunFolder, number: int) -> bool:

@@ -14,6 +14,7 @@ from dropforge.paths import DataRoot, RunFolder
 
 MIB = 1 << 20
 RESERVE_BYTES = 16 * MIB
+SMALL_BYTES = MIB // 4
 LOW_BYTES = 64 * MIB
 """Below this nothing is started, and the reserve is given back so that states can still be written."""
 MARGIN_BYTES = 64 * MIB
@@ -56,6 +57,11 @@ class DiskWatch:
             os.posix_fallocate(fd, 0, RESERVE_BYTES)
         finally:
             os.close(fd)
+
+
+def is_full(root: DataRoot) -> bool:
+    """True when there is no room for even a small file."""
+    return free_bytes(root.path) < SMALL_BYTES or not _has_inodes(root.path)
 
 
 def give_reserve_back(root: DataRoot) -> None:

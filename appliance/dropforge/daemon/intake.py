@@ -20,6 +20,7 @@ from pathlib import Path
 from dropforge.daemon import sequence
 from dropforge.daemon.candidate import Candidate, read_candidate, read_regular, shown_name
 from dropforge.daemon.crash_points import CrashHook
+from dropforge.daemon.folder_sync import FolderSync
 from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, is_spec_file, printable, slug
 from dropforge.daemon.queue import Ticket, TicketBook, put, rename, ticket_path
 from dropforge.daemon.rejection import reject
@@ -27,7 +28,7 @@ from dropforge.daemon.spec_batch import CheckSpec, SpecChecker
 from dropforge.daemon.watcher import Fingerprint, Ready, clear_mark, fingerprint
 from dropforge.errors import DataError, DropforgeError, InputError, Reason, SpecError
 from dropforge.events import RunLog, utc_now
-from dropforge.files import fsync_folder, read_json, sha256_bytes, write_bytes, write_json, write_text
+from dropforge.files import fsync_file, fsync_folder, read_json, sha256_bytes, write_bytes, write_json, write_text
 from dropforge.locate import data_locator
 from dropforge.paths import DataRoot, RunFolder
 from dropforge.spec import SourceSpec, Spec
@@ -65,12 +66,14 @@ class Intake:
         self._crash = crash
         self._unfinished: dict[str, tuple[Ready, Unfinished]] = {}
         self._refused: dict[str, tuple[Ready, InputError]] = {}
+        self._durable = FolderSync()
 
     @property
     def unfinished(self) -> list[Unfinished]:
         return [item for _, item in self._unfinished.values()]
 
     def forget_all_but(self, names: set[str]) -> None:
+        self._durable.forget_all_but(names)
         for known in (self._unfinished, self._refused):
             for name in set(known) - names:
                 del known[name]
@@ -111,6 +114,8 @@ class Intake:
         if self.waits(ready, now=now):
             return None
         path = self._root.inbox / ready.name
+        if path.is_dir() and not self._durable.done(path, ready.fingerprint):
+            return None
         try:
             candidate = read_candidate(path)
             checked = self._checker.check(candidate.raw, filename=candidate.shown_name)
@@ -176,6 +181,8 @@ class Intake:
         run = self._root.run(ticket.id)
         try:
             _make_run_folder(run, candidate, checked, ticket, ready.fingerprint)
+            if not candidate.is_folder:
+                fsync_file(candidate.path)  # nobody who copies a file waits for the disk
             self._crash("intake.run-folder-made")
             commit(self._root, candidate.path, ticket, is_folder=candidate.is_folder)
         except FileNotFoundError:

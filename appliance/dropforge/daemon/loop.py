@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -23,11 +24,14 @@ from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.backfill import slots_busy_for
 from dropforge.daemon.control import Switch, is_on, set_switch
 from dropforge.daemon.crash_points import CrashHook, ignore
-from dropforge.daemon.disk import DiskWatch
+from dropforge.daemon.daemon_log import DaemonLog
+from dropforge.daemon.disk import DiskWatch, with_reserve
 from dropforge.daemon.faults import Faults
+from dropforge.daemon.gpu_memory import GpuWatch, Read, read_driver
 from dropforge.daemon.guards import Guards
 from dropforge.daemon.hints import Hints
 from dropforge.daemon.intake import CheckSpec, Intake
+from dropforge.daemon.layout import bring_up_to_date, open_root, unusable
 from dropforge.daemon.memory_watch import MemoryWatch, available_bytes
 from dropforge.daemon.metrics_page import MetricsServer, Numbers, as_text
 from dropforge.daemon.notify import Notifier, message_about
@@ -38,7 +42,7 @@ from dropforge.daemon.reception import Reception
 from dropforge.daemon.recover import recover
 from dropforge.daemon.rests import Rests
 from dropforge.daemon.scheduler import Ages, Schedule, Waiting, schedule
-from dropforge.daemon.signals import on_stop_signals
+from dropforge.daemon.signals import on_stop_signals, status_after
 from dropforge.daemon.singleton import HEARTBEAT_SECONDS, Singleton, write_heartbeat
 from dropforge.daemon.stalls import StallWatch
 from dropforge.daemon.status_page import write_pages
@@ -70,6 +74,8 @@ class DaemonOptions:
     """Keep a runner ready that has imported the training libraries."""
     gpus: tuple[str, ...] = ()
     """UUIDs of the GPUs that jobs may use; empty: the CPU."""
+    gpu_memory: Read = read_driver
+    """Reads how much memory of each GPU is in use."""
     stall_seconds: float = 1800.0
     """So long without a step is never a stall; 0: no watch."""
     memory_floor: int = 0
@@ -98,17 +104,20 @@ class Daemon:
         runner_command: Sequence[str] = RUNNER_COMMAND, crash: CrashHook = ignore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.root = root.create()
+        self.root = open_root(root)
+        self.exit_status = 0
+        """For the process: 0, or what says which signal ended `run`."""
         self.options = options
         self._clock = clock
         self._crash = crash
         self._lock = Singleton(root)
+        self._log_file = DaemonLog(root)
         self._hints = Hints(root)
         self._faults = Faults(seconds=FAULT_SECONDS)
         self._book = TicketBook(root)
         self._transitions = Transitions(root, self._book, crash=crash)
         self._worker = Worker(root, runner_command=runner_command, grace_seconds=options.grace_seconds,
-                              warm=options.warm, crash=crash)  # fmt: skip
+                              warm=options.warm)  # fmt: skip
         self._orders = Orders(root, self._book, self._transitions, self._worker, crash=crash)
         intake = Intake(root, self._book, check=check, crash=crash)
         self._reception = Reception(root, intake, self._faults, self._hints, settle_seconds=options.settle_seconds,
@@ -124,6 +133,7 @@ class Daemon:
         self._schedule = Schedule(starts=(), waiting=())
         self._ended: list[Ended] = []
         self._noted: dict[str, str] = {}
+        self._gpu_watch = GpuWatch(options.gpu_memory)
         self._disk = DiskWatch(root)
         self._rests = Rests(root, self._disk)
         self._stop = threading.Event()
@@ -131,15 +141,14 @@ class Daemon:
         self._next_look = self._next_page = self._next_beat = float("-inf")
 
     def __enter__(self) -> Daemon:
-        self._lock.__enter__()
-        self._hints.__enter__()
-        try:
-            self._beat("recovering")
-            recover(self.root, self._book, self._transitions, grace_seconds=self.options.grace_seconds)
-        except BaseException:
-            self._hints.__exit__(None, None, None)
-            self._lock.__exit__()
-            raise
+        with ExitStack() as undo:
+            for part in (self._lock, self._log_file, self._hints):
+                undo.enter_context(part)
+            try:
+                with_reserve(self.root, self._recover)
+            except OSError as error:
+                raise unusable(self.root, error) from error
+            undo.pop_all()
         self._faults.guard("metrics", self._metrics.start, now=self._clock())
         log.info("serving %s", self.root.path, extra={"action": "start"})
         return self
@@ -157,13 +166,20 @@ class Daemon:
         self._hints.__exit__(kind, error, trace)
         self._lock.__exit__(kind, error, trace)
         log.info("stopped", extra={"action": "stop"})
+        self._log_file.__exit__(kind, error, trace)
+
+    def _recover(self) -> None:
+        for layout in bring_up_to_date(self.root):
+            log.info("the data root is migrated from layout %d", layout, extra={"action": "migrated"})
+        self._beat("recovering")
+        recover(self.root, self._book, self._transitions, grace_seconds=self.options.grace_seconds)
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
         """Serve until SIGTERM, SIGINT, `stop`, a finished drain, or `until` says so after a round.
 
         Running jobs save and return to the queue.
         """
-        with on_stop_signals(self.stop, self._stop_at_once):
+        with on_stop_signals(self._stop_for, self._stop_at_once):
             while not (self._stop.is_set() or self._drained() or until()):
                 self.tick()
                 if self._hints.wait(self._patience()):
@@ -221,6 +237,11 @@ class Daemon:
         ]
 
     def _finish(self, ended: Ended, now: float) -> None:
+        self._gpu_watch.forget()
+        run = self.root.run(ended.ticket.id)
+        if attempts.read_end(run, ended.attempt) is None:
+            with_reserve(self.root, partial(attempts.write_end, run, ended.attempt, ended.end))
+        self._crash("end.attempt-closed")
         verdict = self._transitions.finish(ended.ticket, ended.attempt, ended.end)
         self._rests.begin(ended, verdict, now=now)
         self._counts[verdict.state] += 1
@@ -236,6 +257,7 @@ class Daemon:
             queued,
             gpus=self.options.gpus,
             busy=self._worker.busy_slots,
+            held=self._held_by_others(queued, now),
             blocked=self._blocked(),
             resting=self._rests.waiting(now),
             ages=self._ages.points(queued, now=now),
@@ -246,6 +268,11 @@ class Daemon:
             if not self._stop.is_set() and not self._faults.stands(what):
                 self._faults.guard(what, partial(self._start, ticket, slots, now), now=now)
         self._faults.guard("waiting_for", self._note_waiting, now=now)
+
+    def _held_by_others(self, queued: Sequence[Ticket], now: float) -> dict[str, str]:
+        """GPUs that somebody else uses, with how much memory; asked only when a job could start."""
+        free = set(self.options.gpus) - self._worker.busy_slots if queued else set()
+        return {slot: memory.text for slot, memory in self._gpu_watch.held(free, now=now).items()}
 
     def _start(self, ticket: Ticket, slots: tuple[str, ...], now: float) -> None:
         attempt = attempts.open_next(self.root.run(ticket.id))
@@ -259,7 +286,6 @@ class Daemon:
         except OSError as error:
             end = AttemptEnd(state=State.INTERRUPTED, reason=Reason.INTERNAL, died=True,
                              message=f"its process could not be started: {error}")  # fmt: skip
-            attempts.write_end(self.root.run(ticket.id), attempt, end)
             self._ended.append(Ended(ticket=ticket, attempt=attempt, end=end))
             raise
         self._crash("start.spawned")
@@ -308,6 +334,10 @@ class Daemon:
                 self._worker.kill_all()
             self._collect(self._clock())
             time.sleep(BUSY_WAIT_SECONDS / 2)
+
+    def _stop_for(self, number: int) -> None:
+        self.exit_status = status_after(number)
+        self.stop()
 
     def _stop_at_once(self) -> None:
         self._kill = True

@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         return
 
 
-def kill_family(leader: int, *, seconds: float = 5.0, wait: Callable[[float], None] = time.sleep) -> list[int]:
+def kill_family(
+    leader: int, *, seconds: float = 5.0, spare: Collection[int] = (), wait: Callable[[float], None] = time.sleep
+) -> list[int]:
     """Kill everything in the session that `leader` leads and everything below it. Returns who survived `seconds`.
+
+    `spare` names processes to leave alone.
 
     The caller must not have reaped `leader` yet (or must know by its ProcessId that it still lives): then the kernel
     cannot have given its number to a stranger.
@@ -117,7 +121,7 @@ def kill_family(leader: int, *, seconds: float = 5.0, wait: Callable[[float], No
     left: set[int] = set()
     for _ in range(max(1, int(seconds / 0.05))):
         left = set(session_members(leader)) | set(descendants(leader))
-        left.discard(os.getpid())
+        left -= {os.getpid(), *spare}
         if not left:
             return []
         for pid in left:

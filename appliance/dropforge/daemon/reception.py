@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from dropforge.daemon.intake import Intake
 from dropforge.daemon.names import printable
 from dropforge.daemon.status_page import InboxEntry
 from dropforge.daemon.watcher import Ready, SettleTracker, look
+from dropforge.errors import EnvironmentFault
 from dropforge.paths import DataRoot
 
 log = logging.getLogger("dropforge.daemon")
@@ -47,8 +49,16 @@ class Reception:
         self._only_file = only_file
 
     def receive(self, *, now: float) -> bool:
-        """One look at the inbox at time `now`. True when there is more to take right away."""
+        """One look at the inbox at time `now`. True when there is more to take right away.
+
+        Raises EnvironmentFault (inbox-read-only) when nothing could be claimed: then nothing is even tried.
+        """
         seen = look(self._root)
+        if not os.access(self._root.inbox, os.W_OK | os.X_OK):
+            raise EnvironmentFault(
+                "inbox/ cannot be written, so no job is accepted", code="inbox-read-only", where=str(self._root.inbox),
+                why="a file becomes a job by being moved out of it", fix="mount the data root writable, as one volume",
+            )  # fmt: skip
         complete = self._hints.take_complete(seen.entries)
         self._intake.forget_all_but(set(seen.entries))
         ready = [

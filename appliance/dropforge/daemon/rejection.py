@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +18,9 @@ from dropforge.daemon.names import printable
 from dropforge.daemon.queue import rename
 from dropforge.errors import DropforgeError
 from dropforge.events import utc_now
-from dropforge.files import fsync_folder, read_json, write_json, write_text
+from dropforge.files import fsync_file, fsync_folder, read_json, write_json, write_text
 from dropforge.paths import DataRoot
+from dropforge.spec_file import MAX_BYTES
 
 ERROR_TEXT = "ERROR.txt"
 ERROR_JSON = "error.json"
@@ -38,10 +40,18 @@ def reject(root: DataRoot, name: str, error: DropforgeError, *, job_id: str, cra
         "reason": error.reason.value, "problems": [_printable(asdict(problem)) for problem in error.problems],
     })  # fmt: skip
     fsync_folder(root.rejected)
+    _make_durable(root.inbox / name)
     crash("reject.folder-made")
     rename(root.inbox / name, place)
     crash("reject.moved")
     return folder
+
+
+def _make_durable(dropped: Path) -> None:
+    """A refused spec is kept, so it must survive a power cut as well; a large file that is none is not waited for."""
+    info = dropped.lstat()
+    if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_BYTES:
+        fsync_file(dropped)
 
 
 def rejections(root: DataRoot, *, newest: int | None = None) -> Iterator[dict[str, Any]]:

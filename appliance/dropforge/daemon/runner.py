@@ -30,9 +30,11 @@ from types import FrameType
 from typing import Protocol
 
 from dropforge.daemon import attempts, process
-from dropforge.daemon.attempts import AttemptEnd
+from dropforge.daemon.attempts import AttemptEnd, log_of
 from dropforge.daemon.disk import make_room, with_reserve
+from dropforge.daemon.job_output import JobOutput
 from dropforge.daemon.lease import Lease
+from dropforge.daemon.redact import known_secrets, redact, redact_all
 from dropforge.daemon.unexpected import end_of_unexpected, no_space_in
 from dropforge.errors import DropforgeError, JobStopped, Reason
 from dropforge.events import RunLog
@@ -75,8 +77,9 @@ def main(arguments: Sequence[str] | None = None, *, job: JobFunction | None = No
     if assignment.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assignment.gpus)
     root = DataRoot(options.data)
-    end = _do(root, assignment, job)
-    _end_leftovers()
+    with JobOutput(root, log_of(root.run(assignment.job_id), assignment.attempt)) as output:
+        end = _do(root, assignment, job)
+        _end_leftovers(spare=output.pid)
     return _EXIT_STATUS.get(end.state, 1)
 
 
@@ -120,8 +123,9 @@ def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> Atte
     started = time.monotonic()
     stop = StopSignal()
     _listen(run, assignment, stop)
+    secrets = known_secrets(root)
     with Lease(run, attempt=assignment.attempt):
-        log = RunLog(run)
+        log = RunLog(run, clean=partial(redact_all, secrets=secrets))
         try:
             state = (job or _real_job())(run, root=root, attempt=assignment.attempt, log=log, stop=stop)
             end = _end_of_partial(log) if state is State.PARTIAL else AttemptEnd(state=state)
@@ -135,6 +139,7 @@ def _do(root: DataRoot, assignment: Assignment, job: JobFunction | None) -> Atte
             sys.stderr.flush()
         freed = make_room(run) if end.no_space else 0
         with_reserve(root, log.flush)
+        end = replace(end, message=redact(end.message, secrets), problems=tuple(redact_all(end.problems, secrets)))
         end = replace(end, freed=freed, seconds=round(time.monotonic() - started, 3), progress=attempts.progress(run))
         with_reserve(root, partial(attempts.write_end, run, assignment.attempt, end))
     return end
@@ -195,9 +200,12 @@ def _kill_own_session() -> None:
     process.kill(os.getpid(), signal.SIGKILL)
 
 
-def _end_leftovers() -> None:
-    """Data workers and tools that outlived the job are ended here, even those that left the session."""
-    process.kill_family(os.getpid())
+def _end_leftovers(*, spare: int | None) -> None:
+    """Data workers and tools that outlived the job are ended here, even those that left the session.
+
+    `spare` is the log pump, which is still writing.
+    """
+    process.kill_family(os.getpid(), spare=() if spare is None else (spare,))
 
 
 if __name__ == "__main__":

@@ -52,11 +52,12 @@ def in_order(queued: Sequence[Ticket], *, ages: Mapping[str, int] = _NO_AGES) ->
 
 
 _NOBODY: Mapping[str, Waiting] = MappingProxyType({})
+_NOT_HELD: Mapping[str, str] = MappingProxyType({})
 _NO_ENDS: Mapping[str, float | None] = MappingProxyType({})
 
 
 def schedule(
-    queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[str], 
+    queued: Sequence[Ticket], *, gpus: Sequence[str], busy: Collection[str], held: Mapping[str, str] = _NOT_HELD,
     blocked: Waiting | None = None, resting: Mapping[str, Waiting] = _NOBODY,
     ages: Mapping[str, int] = _NO_AGES, busy_for: Mapping[str, float | None] = _NO_ENDS,
 ) -> Schedule:  # fmt: skip
@@ -65,13 +66,14 @@ def schedule(
     Args:
         gpus: the machine's GPUs; empty means that jobs run on the CPU.
         busy: slots taken by running jobs.
+        held: GPUs whose memory other programs hold, with how much.
         blocked: why nothing may start (pause, drain, no memory), None otherwise.
         resting: why single jobs (by id) may not start yet; they step aside.
         ages: points of priority gained by waiting, by id.
         busy_for: seconds until a busy slot is free; absent or None where nobody knows.
     """
     slots = tuple(gpus) or (CPU_SLOT,)
-    free = [slot for slot in slots if slot not in busy]
+    free = [slot for slot in slots if slot not in busy and slot not in held]
     starts: list[tuple[Ticket, tuple[str, ...]]] = []
     waiting: list[tuple[Ticket, Waiting]] = []
     behind: Waiting | None = None
@@ -89,7 +91,7 @@ def schedule(
             behind = Waiting(kind="priority", text=f"{ticket.id} and others stand before it")
             taken = [busy_for.get(slot) for slot in slots if slot not in free]
             reservation = reserve(wanted, free=len(free), busy_for=taken)
-            waiting.append((ticket, Waiting(kind="slot", text=_slot_text(wanted, len(free), gpus))))
+            waiting.append((ticket, _for_slots(wanted, len(free), gpus, held)))
         elif behind is not None and not _passes(ticket, wanted, len(free), reservation):
             waiting.append((ticket, behind))
         else:
@@ -102,7 +104,11 @@ def _passes(ticket: Ticket, wanted: int, free: int, reservation: Reservation | N
     return wanted <= free and reservation is not None and reservation.lets_pass(ticket, wanted=wanted)
 
 
-def _slot_text(wanted: int, free: int, gpus: Sequence[str]) -> str:
+def _for_slots(wanted: int, free: int, gpus: Sequence[str], held: Mapping[str, str]) -> Waiting:
     if not gpus:
-        return "another job runs; this machine does one at a time"
-    return f"needs {wanted} free GPU{'s' if wanted != 1 else ''}, {free} of {len(gpus)} free"
+        return Waiting(kind="slot", text="another job runs; this machine does one at a time")
+    text = f"needs {wanted} free GPU{'s' if wanted != 1 else ''}, {free} of {len(gpus)} free"
+    if not held:
+        return Waiting(kind="slot", text=text)
+    by_others = ", ".join(f"{slot} ({memory})" for slot, memory in held.items())
+    return Waiting(kind="gpu", text=f"{text}; other programs hold the memory of {by_others}")

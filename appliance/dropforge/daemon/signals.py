@@ -11,8 +11,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def on_stop_signals(gracefully: Callable[[], None], at_once: Callable[[], None]) -> Iterator[None]:
-    """Install handlers while the block runs. The functions must only set flags."""
+def on_stop_signals(gracefully: Callable[[int], None], at_once: Callable[[], None]) -> Iterator[None]:
+    """Install handlers while the block runs. The functions must only set flags; one gets the signal's number."""
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     received = 0
 
@@ -20,7 +20,7 @@ def on_stop_signals(gracefully: Callable[[], None], at_once: Callable[[], None])
         nonlocal received
         received += 1
         if received == 1:
-            gracefully()
+            gracefully(number)
         else:
             at_once()
             restore()
@@ -35,3 +35,8 @@ def on_stop_signals(gracefully: Callable[[], None], at_once: Callable[[], None])
         yield
     finally:
         restore()
+
+
+def status_after(number: int) -> int:
+    """The exit status that says which signal ended the process, as a shell would."""
+    return 128 + number

@@ -1,7 +1,8 @@
 """Training that makes no step any more: found by the job's own pace, not by whether its process still talks.
 
-Time counts only while the job says `training`. Whatever happens between two steps (evaluation, a checkpoint) is part of
-the pace once it was seen, and covered by the floor before.
+Time counts only while the job says `training`. A batch of an evaluation is a sign of life like a step, so an evaluation
+may last as long as it needs; it does not slow the pace down. Whatever else happens between two steps (a checkpoint) is
+part of the pace once it was seen, and covered by the floor before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class _Pace:
     step: int
     since: float
     seen: float
+    batches: int = 0
     slowest: float | None = None
 
 
@@ -48,15 +50,18 @@ class StallWatch:
         if not self._floor or status.get("state") != State.TRAINING:
             self._paces.pop((run.id, attempt), None)
             return None
-        step = status.get("step")
-        return self.observe(run.id, attempt, step=step if type(step) is int else 0, now=now)
+        step, batches = status.get("step"), status.get("eval_batches")
+        return self.observe(run.id, attempt, step=step if type(step) is int else 0,
+                            batches=batches if type(batches) is int else 0, now=now)  # fmt: skip
 
-    def observe(self, job_id: str, attempt: int, *, step: int, now: float) -> float | None:
+    def observe(self, job_id: str, attempt: int, *, step: int, now: float, batches: int = 0) -> float | None:
         """`look`, with the step that was read. To be called at least every FROZEN_SECONDS."""
-        pace = self._paces.setdefault((job_id, attempt), _Pace(step=step, since=now, seen=now))
+        pace = self._paces.setdefault((job_id, attempt), _Pace(step=step, since=now, seen=now, batches=batches))
         if now - pace.seen > FROZEN_SECONDS:
             pace.since += now - pace.seen
         pace.seen = now
+        if batches != pace.batches:
+            pace.batches, pace.since = batches, now
         waited = now - pace.since
         if step != pace.step:
             steps = max(step - pace.step, 1)  # several steps between two looks: their mean

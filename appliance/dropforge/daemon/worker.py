@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dropforge.daemon import attempts, out_of_memory, process
 from dropforge.daemon.attempts import AttemptEnd
-from dropforge.daemon.crash_points import CrashHook
+from dropforge.daemon.disk import is_full
 from dropforge.daemon.queue import Ticket
 from dropforge.daemon.verdict import RETRIED_REASONS, explain_death
 from dropforge.errors import Reason
 from dropforge.paths import DataRoot
 from dropforge.states import State
+
+log = logging.getLogger("dropforge.daemon")
 
 RUNNER_COMMAND = (sys.executable, "-P", "-m", "dropforge.daemon.runner")
 
@@ -41,7 +44,7 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A runner that is gone, with everything it had started."""
+    """A runner that is gone, with everything it had started. Its end may not be on the disk yet."""
 
     ticket: Ticket
     attempt: int
@@ -60,13 +63,12 @@ class Worker:
 
     def __init__(
         self, root: DataRoot, *, runner_command: Sequence[str] = RUNNER_COMMAND, grace_seconds: float, warm: bool,
-        crash: CrashHook, oom_kills: Callable[[], int | None] = out_of_memory.kill_count,
+        oom_kills: Callable[[], int | None] = out_of_memory.kill_count,
     ) -> None:  # fmt: skip
         self._root = root
         self._command = list(runner_command)
         self._grace_seconds = grace_seconds
         self._wants_warm = warm
-        self._crash = crash
         self._oom_kills = oom_kills
         self._running: dict[str, Running] = {}
         self._warm: subprocess.Popen[bytes] | None = None
@@ -81,12 +83,12 @@ class Worker:
 
     def start(self, ticket: Ticket, *, attempt: int, slots: tuple[str, ...], gpus: tuple[str, ...], now: float) -> None:
         """Start a runner for a ticket that lies in running/ already."""
-        log = self._root.run(ticket.id).attempt(attempt) / "log.txt"
-        log.touch()  # from now on the attempt counts as started
+        output = attempts.log_of(self._root.run(ticket.id), attempt)
+        output.touch()  # from now on the attempt counts as started
         oom_kills = self._oom_kills()
         child = self._hand_to_warm(ticket, attempt, gpus) if self._warm_is_alive() else None
         if child is None:
-            with log.open("ab") as stream:
+            with output.open("ab") as stream:
                 child = self._spawn(
                     "--id", ticket.id, "--attempt", str(attempt), "--gpus", ",".join(gpus),
                     "--grace", str(self._grace_seconds), stdout=stream,
@@ -112,7 +114,10 @@ class Worker:
         if job.kill_at is None:
             job.kill_at = now + self._grace_seconds
             job.asked = reason
-            attempts.write_stop(self._root.run(job_id), job.attempt, reason)
+            try:
+                attempts.write_stop(self._root.run(job_id), job.attempt, reason)
+            except OSError as error:  # a full disk; the signal alone says that it has to stop
+                log.error("%s: the reason to stop could not be written: %s", job_id, error, extra={"action": "fault"})
             process.kill(job.child.pid, signal.SIGTERM)
 
     def ask_for_checkpoint(self, job_id: str) -> None:
@@ -153,8 +158,8 @@ class Worker:
         """Give the job to the waiting runner; None when it died meanwhile. It is used once."""
         warm, self._warm = self._warm, None
         assert warm is not None and warm.stdin is not None, "checked by the caller"
-        log = self._root.run(ticket.id).attempt(attempt) / "log.txt"
-        order = {"id": ticket.id, "attempt": attempt, "gpus": gpus, "grace": self._grace_seconds, "log": str(log)}
+        output = attempts.log_of(self._root.run(ticket.id), attempt)
+        order = {"id": ticket.id, "attempt": attempt, "gpus": gpus, "grace": self._grace_seconds, "log": str(output)}
         try:
             warm.stdin.write(json.dumps(order).encode() + b"\n")
             warm.stdin.close()
@@ -186,8 +191,8 @@ class Worker:
                 state=State.INTERRUPTED, reason=reason, message=message, died=True,
                 seconds=round(now - job.started, 3), progress=attempts.progress(run),
             )  # fmt: skip
-            attempts.write_end(run, job.attempt, end)
-        self._crash("end.attempt-closed")
+            if exit_status == 1 and is_full(self._root):  # it could not even say so
+                end = replace(end, state=State.FAILED, reason=Reason.DISK, message="the disk is full", no_space=True)
         return Ended(ticket=job.ticket, attempt=job.attempt, end=end)
 
 

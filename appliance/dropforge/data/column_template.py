@@ -1,7 +1,8 @@
 """Sentences made from columns: `Capital of {Country}?[[ On the {River}?]]`.
 
-`{Name}` inserts a column. `[[...]]` is an optional part: it disappears when the first column in it is empty. `{{`
-and `}}` are literal braces. An empty value (none, NaN, blank) outside an optional part inserts nothing.
+`{Name}` inserts a column. `[[...]]` is an optional part: it disappears when the first column in it is empty, with the
+blanks that set it apart from the next one. `{{` and `}}` are literal braces. An empty value (none, NaN, blank) outside
+an optional part inserts nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class _Part:
     def columns(self) -> tuple[str, ...]:
         return self.parts[1::2]
 
+    @property
+    def blank(self) -> bool:
+        """Only blanks and line breaks, outside of an optional part."""
+        return not self.optional and len(self.parts) == 1 and not self.parts[0].strip()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnTemplate:
@@ -42,12 +48,18 @@ class ColumnTemplate:
 
     def fill(self, fields: Mapping[str, Any]) -> str:
         """The sentence for one row. Raises KeyError for a column that is not there."""
-        out = []
-        for part in self.parts:
-            if part.optional and not to_text(fields[part.columns[0]]).strip():
-                continue
-            out += [text if i % 2 == 0 else to_text(fields[text]) for i, text in enumerate(part.parts)]
-        return "".join(out)
+        kept = [not part.optional or bool(to_text(fields[part.columns[0]]).strip()) for part in self.parts]
+        filled = [index for index, part in enumerate(self.parts) if kept[index] and not part.blank]
+        first, last = (filled[0], filled[-1]) if filled else (0, -1)
+        out: list[str] = []
+        for index, part in enumerate(self.parts):
+            # Blanks between two optional parts go with the one that disappears, so that no gap is left.
+            gap = part.blank and ((index > 0 and not kept[index - 1]) or not first < index < last)
+            if kept[index] and not (gap and not all(kept)):
+                out += [text if i % 2 == 0 else to_text(fields[text]) for i, text in enumerate(part.parts)]
+        text = "".join(out)
+        text = text.lstrip() if first and not kept[0] else text
+        return text.rstrip() if kept and not kept[-1] else text
 
 
 def parse(text: str) -> ColumnTemplate:

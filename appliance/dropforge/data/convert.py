@@ -5,6 +5,7 @@ What cannot be understood is an error with its row; what is empty is dropped and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 from dropforge.data.column_template import ColumnTemplate
 from dropforge.data.detect import Match
 from dropforge.data.rows import Row
+from dropforge.data.tools import REASONING, bad_row, read_calls, read_tools
 from dropforge.data.values import to_text
 from dropforge.errors import DataError
 
-Turn = dict[str, str]
+Turn = dict[str, Any]
+"""role and content; an assistant's turn may also hold tool_calls and reasoning_content (and `thinking`, the same)."""
 
 ROLES = {
     "system": "system",
@@ -30,16 +33,28 @@ ROLES = {
     "bot": "assistant",
     "output": "assistant",
     "chatgpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
 }
-LATER_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Turns with the roles system, user, assistant and text contents; at least one answer, and no empty one."""
+    """Turns with the roles system, user, assistant, tool; at least one answer, and no empty one."""
 
     row: Row
     turns: list[Turn]
+    tools: list[dict[str, Any]] | None = None
+    """Definitions of the tools that may be called, as JSON schemas."""
+
+    @property
+    def plain(self) -> bool:
+        """Texts of system, user and assistant alone."""
+        return self.tools is None and all(len(turn) == 2 and turn["role"] != "tool" for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +80,7 @@ def convert(
 
     `templates` (prompt, response) belongs to the format `columns`. Raises DataError with file and row.
     """
+    refuse_mixed(row, match)
     if match.format == "text":
         text = _text(row, match.columns["text"])
         return Document(row=row, text=text) if text.strip() else Dropped(row=row, why="the text is empty")
@@ -80,7 +96,23 @@ def convert(
     own_system = _text(row, match.columns["system"]) if "system" in match.columns else ""
     if turns and turns[0]["role"] != "system" and (own_system or system):
         turns = [{"role": "system", "content": own_system or system or ""}, *turns]
-    return _checked(row, turns)
+    tools = read_tools(row, row.fields.get(match.columns["tools"])) if "tools" in match.columns else None
+    return _checked(row, turns, tools)
+
+
+def refuse_mixed(row: Row, match: Match) -> None:
+    """A row that lacks every column of its file's format but has those of another is another format."""
+    if match.format == "columns" or any(column in row.fields for column in match.columns.values()):
+        return
+    if not any(row.fields.values()):
+        return  # an empty object is an empty row, which is dropped and counted
+    raise DataError(
+        "a row has another format than the rows before it",
+        code="data-format-mixed",
+        where=row.where,
+        why=f"the file is {match.format} ({match.reason}); this row has the columns {', '.join(map(repr, row.fields))}",
+        fix="put rows of one format into one file; a job may name several files",
+    )
 
 
 def _alpaca(row: Row, columns: Mapping[str, str]) -> list[Turn]:
@@ -112,22 +144,38 @@ def _turns(row: Row, value: Any, *, sharegpt: bool) -> list[Turn]:
     if value is None:
         return []
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    if isinstance(value, str):
+        value = _from_json(value)
     if not isinstance(value, list):
-        raise _bad(row, f"the conversation is a {type(value).__name__}, not a list of turns")
+        raise bad_row(row, f"the conversation is a {type(value).__name__}, not a list of turns")
     turns = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, Mapping) or role_key not in turn:
-            raise _bad(row, f"turn {number} is not an object with {role_key!r} and {text_key!r}")
-        if turn.get("tool_calls"):
-            raise _later(row, f"turn {number} calls a tool")
-        turns.append({"role": _role(row, turn[role_key], number), "content": _content(row, turn.get(text_key), number)})
+            raise bad_row(row, f"turn {number} is not an object with {role_key!r} and {text_key!r}")
+        turns.append(_turn(row, turn, number, role_key=role_key, text_key=text_key))
     return turns
+
+
+def _turn(row: Row, turn: Mapping[str, Any], number: int, *, role_key: str, text_key: str) -> Turn:
+    role = _role(row, turn[role_key], number)
+    if str(turn[role_key]).strip().lower() == "function_call":
+        return {"role": role, "content": "", "tool_calls": read_calls(row, turn.get(text_key), number)}
+    done: Turn = {"role": role, "content": _content(row, turn.get(text_key), number)}
+    if role == "assistant":
+        if turn.get("tool_calls"):
+            done["tool_calls"] = read_calls(row, turn["tool_calls"], number)
+        elif turn.get("function_call"):
+            done["tool_calls"] = read_calls(row, turn["function_call"], number)
+        reasoning = next((turn[name] for name in REASONING if turn.get(name)), None)
+        if reasoning is not None:
+            done["reasoning_content"] = done["thinking"] = _content(row, reasoning, number)
+    elif role == "tool":
+        done |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+    return done
 
 
 def _role(row: Row, value: Any, number: int) -> str:
     name = str(value).strip().lower()
-    if name in LATER_ROLES:
-        raise _later(row, f"turn {number} has the role {name!r}")
     if name not in ROLES:
         raise DataError(
             f"unknown role {value!r}",
@@ -137,6 +185,14 @@ def _role(row: Row, value: Any, number: int) -> str:
             fix="rename the role",
         )
     return ROLES[name]
+
+
+def _from_json(text: str) -> Any:
+    """Lists of turns that a CSV or Parquet cell holds as JSON text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _content(row: Row, value: Any, number: int) -> str:
@@ -149,14 +205,14 @@ def _content(row: Row, value: Any, number: int) -> str:
     try:
         return to_text(value)
     except TypeError as error:
-        raise _bad(row, f"turn {number}: {error}") from error
+        raise bad_row(row, f"turn {number}: {error}") from error
 
 
 def _text(row: Row, column: str) -> str:
     try:
         return to_text(row.fields.get(column))
     except TypeError as error:
-        raise _bad(row, f"column {column!r}: {error}") from error
+        raise bad_row(row, f"column {column!r}: {error}") from error
 
 
 def _fill(row: Row, template: ColumnTemplate) -> str:
@@ -171,10 +227,10 @@ def _fill(row: Row, template: ColumnTemplate) -> str:
             fix="correct data.format.columns; names must match in upper and lower case",
         ) from error
     except TypeError as error:
-        raise _bad(row, str(error)) from error
+        raise bad_row(row, str(error)) from error
 
 
-def _checked(row: Row, turns: list[Turn]) -> Conversation | Dropped:
+def _checked(row: Row, turns: list[Turn], tools: list[dict[str, Any]] | None) -> Conversation | Dropped:
     if not turns:
         return Dropped(row=row, why="the conversation is empty")
     answers = [turn for turn in turns if turn["role"] == "assistant"]
@@ -186,17 +242,11 @@ def _checked(row: Row, turns: list[Turn]) -> Conversation | Dropped:
             why=f"its roles are {', '.join(turn['role'] for turn in turns)}",
             fix="add the answer, or remove the row",
         )
-    if not all(turn["content"].strip() for turn in answers):
+    if not all(turn["content"].strip() or "tool_calls" in turn for turn in answers):
         return Dropped(row=row, why="an answer is empty")
     if not any(turn["content"].strip() for turn in turns if turn["role"] == "user"):
         return Dropped(row=row, why="the question is empty")
-    return Conversation(row=row, turns=turns)
-
-
-def _bad(row: Row, why: str) -> DataError:
-    return DataError(
-        "a row cannot be understood", code="data-row-invalid", where=row.where, why=why, fix="correct the row"
-    )
+    return Conversation(row=row, turns=turns, tools=tools)
 
 
 def _later(row: Row, why: str) -> DataError:
@@ -204,6 +254,6 @@ def _later(row: Row, why: str) -> DataError:
         "a row holds something this release cannot train on",
         code="data-format-later",
         where=row.where,
-        why=f"{why}; this release takes system, user and assistant texts",
-        fix="remove the row, or wait for the release that brings tools, images and audio",
+        why=f"{why}; this release takes texts, tool calls and tool results",
+        fix="remove the row, or wait for the release that brings images and audio",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ Fields = Mapping[str, Any]
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")
 ANSWER_COLUMNS = ("output", "response", "answer", "completion")
 TEXT_COLUMNS = ("text", "content", "document")
 # Prompt column and the answer columns that may go with it.
@@ -99,10 +101,26 @@ def _chat(columns: _Columns, *, name: str, role: str, text: str) -> Match | None
     for wanted in CHAT_COLUMNS:
         column = columns.first([wanted])
         turns = columns.sample(column) if column else None
-        if column and isinstance(turns, list) and isinstance(turns[0], dict) and {role, text} <= turns[0].keys():
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            turns = _json(turns)
+        if (
+            column
+            and isinstance(turns, list)
+            and turns
+            and isinstance(turns[0], dict)
+            and {role, text} <= turns[0].keys()
+        ):
             reason = f"column {column!r} holds lists of turns with {role!r} and {text!r}"
             return Match(format=name, reason=reason, columns={"turns": column} | _system(columns))
     return None
+
+
+def _json(text: str) -> Any:
+    """A list of turns that a CSV or Parquet cell holds as JSON text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _preference(columns: _Columns) -> Match | None:
@@ -145,8 +163,9 @@ def _prompt(columns: _Columns) -> Match | None:
 
 
 def _system(columns: _Columns) -> dict[str, str]:
-    column = columns.first(SYSTEM_COLUMNS)
-    return {"system": column} if column else {}
+    """The columns beside the conversation: a system text per row, and the tools it may call."""
+    found = {"system": columns.first(SYSTEM_COLUMNS), "tools": columns.first(TOOL_COLUMNS)}
+    return {part: column for part, column in found.items() if column}
 
 
 def _quoted(names: Iterable[str]) -> str:

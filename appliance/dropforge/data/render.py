@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+CALL_ENDS = ("<|eom_id|>", "<|call|>")
+"""Markers that end a turn with a tool call where another one ends an answer (Llama 3.1's built-in tools, harmony)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
     """A conversation as text; `spans` are [start, end) character positions of what is learnt, in order."""
@@ -58,8 +62,10 @@ class Renderer:
         )
         self.end_of_turn = self._end_of_turn()
 
-    def render(self, turns: Sequence[Turn], *, where: str) -> Rendered:
+    def render(self, turns: Sequence[Turn], *, where: str, tools: Sequence[dict[str, Any]] | None = None) -> Rendered:
         """Raises DataError data-template-refused (the template raised) or data-template-unstable, with `where`."""
+        if tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
+            return self._render_tools(turns, where=where, tools=tools)
         roles = tuple(turn["role"] for turn in turns)
         if roles not in self._shapes:
             self._shapes[roles] = self._shape(roles, where)
@@ -82,21 +88,98 @@ class Renderer:
         )
         return Rendered(text=text, spans=spans, rewritten=rewritten)
 
-    def _template(self, turns: Sequence[Turn], *, where: str, generation: bool = False) -> str:
+    def before_answer(self, roles: tuple[str, ...]) -> tuple[str, str]:
+        """The template's text before an answer, and what else the model may be given behind it (`<think>`).
+
+        The generation prompt where there is one, else all that stands between the question and the answer.
+        """
+        shape = self._shape(roles, "chat template")
+        first = roles.index("assistant")
+        before = shape.pieces[first][: len(shape.pieces[first]) - shape.leads[first]]
+        turns = [{"role": role, "content": f"@{index}@"} for index, role in enumerate(roles[:first])]
+        prompt = self._template(turns, where="chat template", generation=True)
+        plain = self._template(turns, where="chat template")
+        marker = prompt.removeprefix(plain) if prompt.startswith(plain) else ""
+        for length in range(len(marker), 0, -1):
+            if before.endswith(marker[:length]):
+                return marker[:length], marker[length:]
+        return before, ""
+
+    def after_answer(self, roles: tuple[str, ...]) -> str:
+        """The template's text between the first answer of such a conversation and the next content."""
+        return self._shape(roles, "chat template").pieces[roles.index("assistant") + 1]
+
+    def _render_tools(self, turns: Sequence[Turn], *, where: str, tools: Sequence[dict[str, Any]] | None) -> Rendered:
+        """Conversations with tools or reasoning, by prefix rendering.
+
+        What the model writes in a turn begins where the prompt up to that turn ends. Templates that drop earlier
+        reasoning later have another prompt then; there the generation marker is looked for behind the last span.
+        """
+        text = self._template(turns, where=where, tools=tools)
+        spans: list[tuple[int, int]] = []
+        rewritten = False
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            after = spans[-1][1] if spans else 0
+            prompt = self._template(turns[:index], where=where, generation=True, tools=tools) if index else ""
+            known = prompt and text.startswith(prompt) and len(prompt) >= after
+            start = len(prompt) if known else self._marker(text, after)
+            end = self._turn_end(text, start)
+            if start < 0 or end < start:
+                raise _unstable(where, f"turn {index + 1} cannot be found in what the template writes")
+            span = text[start:end]
+            self._check_turn(turn, span, where=where, number=index + 1)
+            reasoning = turn.get("reasoning_content", "")
+            rewritten |= bool(reasoning) and reasoning.strip() not in span
+            spans.append((start, end))
+        for tool in tools or ():
+            if str(tool.get("function", tool).get("name", "")) not in text:
+                raise _refused(where, "the template does not write the tools", turns)
+        return Rendered(text=text, spans=tuple(spans), rewritten=rewritten)
+
+    def _marker(self, text: str, after: int) -> int:
+        """Where the next answer begins behind `after`, by the generation marker; -1 when there is none."""
+        marker, more = self.before_answer(("user", "assistant"))
+        found = text.find(marker, after)
+        if found < 0:
+            return -1
+        start = found + len(marker)
+        return start + len(more) if text.startswith(more, start) else start
+
+    def _turn_end(self, text: str, start: int) -> int:
+        """Behind the special token that ends the turn at `start`; the whole rest when the template has none."""
+        ends = [end for end in (self.end_of_turn, *CALL_ENDS) if end]
+        found = [(text.find(end, start), end) for end in ends]
+        return min((at + len(end) for at, end in found if at >= 0), default=len(text))
+
+    def _check_turn(self, turn: Turn, span: str, *, where: str, number: int) -> None:
+        """Everything the turn says must stand in its span."""
+        content = turn["content"].strip()
+        if "</think>" in content:
+            content = content.rpartition("</think>")[2].strip()
+        if content and content not in span:
+            raise _unstable(where, f"the text of turn {number} is not where the template should put it")
+        for call in turn.get("tool_calls", ()):
+            if call["function"]["name"] not in span:
+                raise _refused(where, f"the template does not write the tool call of turn {number}", [turn])
+
+    def _template(
+        self,
+        turns: Sequence[Turn],
+        *,
+        where: str,
+        generation: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
         import jinja2
 
         try:
             rendered: Any = self._tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=generation
+                list(turns), tokenize=False, add_generation_prompt=generation, tools=list(tools) if tools else None
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise DataError(
-                "the chat template refuses a conversation",
-                code="data-template-refused",
-                where=where,
-                why=f"{error}; the roles are {', '.join(turn['role'] for turn in turns)}",
-                fix="bring the turns into the order this model expects, or set data.template: chatml",
-            ) from error
+            raise _refused(where, str(error), turns) from error
         return str(rendered)
 
     def _shape(self, roles: tuple[str, ...], where: str) -> _Shape:
@@ -174,6 +257,16 @@ def _match(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tu
         spans.append((position, position + len(form)))
         position += len(form) + len(piece)
     return spans if position == len(text) else None
+
+
+def _refused(where: str, why: str, turns: Sequence[Turn]) -> DataError:
+    return DataError(
+        "the chat template refuses a conversation",
+        code="data-template-refused",
+        where=where,
+        why=f"{why}; the roles are {', '.join(turn['role'] for turn in turns)}",
+        fix="bring the turns into the order this model expects, or set data.template: chatml",
+    )
 
 
 def _unstable(where: str, why: str) -> DataError:

@@ -18,3 +18,18 @@ class Row:
     def where(self) -> str:
         """As errors print it: `tickets.csv:17`."""
         return f"{self.file}:{self.number}"
+
+    @property
+    def size(self) -> int:
+        """Roughly how many characters it holds."""
+        return sum(_size(value) for value in self.fields.values())
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_size(item) for item in value.values())
+    if isinstance(value, list):
+        return sum(_size(item) for item in value)
+    return 8

@@ -29,6 +29,8 @@ class Part:
     sha256: str
     bytes: int
     rows: Callable[[], Iterator[Row]]
+    chosen: str = ""
+    """Which rows of the file are read, as text."""
 
 
 def open_source(source: SourceSpec, *, locate: Locate, warn: Warn) -> list[Part]:
@@ -51,6 +53,7 @@ def open_source(source: SourceSpec, *, locate: Locate, warn: Warn) -> list[Part]
                 sha256=sha256_file(file),
                 bytes=file.stat().st_size,
                 rows=partial(_local_rows, file, name=name, warn=warn, start=start, stop=stop),
+                chosen=f"{start}:{stop}",
             )
         )
     return parts

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dropforge.errors import DropforgeError, EnvironmentFault, ExportError, Reason
 from dropforge.export.request import ExportReport, ExportRequest, Made, Message
+from dropforge.export_kinds import split_detail
 from dropforge.files import TEMPORARY_PREFIX, free_bytes, fsync_file, fsync_folder, regular_files, rename_folder
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ def _ordered(request: ExportRequest) -> tuple[str, ...]:
     others = [kind for kind in dict.fromkeys(request.kinds) if kind != "ollama"]
     if "ollama" not in request.kinds:
         return tuple(others)
-    if not any(kind.startswith("gguf:") for kind in others) and finished_gguf(request) is None:
+    if (
+        not any(kind.startswith("gguf:") and not split_detail(kind[5:])[1] for kind in others)
+        and finished_gguf(request) is None
+    ):
         others.append(f"gguf:{MAKES}")
     return (*others, "ollama")
 
@@ -69,7 +73,7 @@ def export_one(stage: Stage, kind: str) -> ExportReport:
         staging.mkdir()
         _check_space(stage.request)
         made = _make(stage, kind, staging)
-        path = _place(made.path, staging=staging, target=_target(stage.request, kind, made.path))
+        path = _place(made.path, staging=staging, target=_target(stage.request, kind, made))
     except DropforgeError as error:
         stage.log(f"{kind} failed: {error.problems[0].what}")
         return ExportReport.failed(kind, error, seconds=round(time.monotonic() - start, 3))
@@ -120,15 +124,16 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
     raise ExportError(f"this release cannot export {kind}", code="export-unknown", where="export")
 
 
-def _target(request: ExportRequest, kind: str, made: Path) -> Path:
+def _target(request: ExportRequest, kind: str, made: Made) -> Path:
     result = request.result
     places = {
         "adapter": result.adapter, "merged": result.merged, "fp8": result.fp8, "fp8:block": result.fp8_block,
+        "fp8:static": result.fp8_static,
         "merged_4bit": result.merged_4bit, "ollama": result.modelfile,
     }  # fmt: skip
     if kind == "lora_gguf":
-        return result.lora_gguf / made.name
-    return places.get(kind) or result.gguf / made.name
+        return result.lora_gguf / made.path.name
+    return places.get(kind) or result.gguf / (made.name or made.path.name)
 
 
 def _place(made: Path, *, staging: Path, target: Path) -> Path:

@@ -9,11 +9,12 @@ from typing import Any
 from dropforge.errors import ExportError
 from dropforge.export.adapter_file import CONFIG, WEIGHTS, read_adapter
 from dropforge.export.compare import agreement
-from dropforge.export.reference import prompt_logprobs, trained_model
+from dropforge.export.reference import logprobs, spread_positions, trained_model
 from dropforge.export.request import Made
 from dropforge.export.safetensors_stream import index_folder
 from dropforge.export.stage import Stage
 from dropforge.export.tokenizer_files import write_tokenizer
+from dropforge.export.verify_merged import PROMPT_POSITIONS
 from dropforge.files import read_json, sha256_file, write_json
 
 
@@ -48,10 +49,11 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
             f"{len(unmatched)} modules of the adapter are not in the base model", where=", ".join(unmatched[:5])
         )
     prompts = stage.prompts()[:2]
+    positions = [spread_positions(len(ids), most=PROMPT_POSITIONS) for ids in prompts]
     with trained_model(request.base_path, request.adapter, None) as model:
-        truth = prompt_logprobs(model, prompts)
+        truth = logprobs(model, prompts, positions)
     with trained_model(request.base_path, folder, None) as model:
-        close = agreement(truth, prompt_logprobs(model, prompts))
+        close = agreement(truth, logprobs(model, prompts, positions))
     if close.relative_error > 1e-6:
         raise _wrong("the exported adapter predicts something else", where=f"relative error {close.relative_error:.3g}")
     checks: dict[str, Any] = {"modules": len(parsed.changes), "tensors": parsed.tensors, "logits": close.as_dict()}

@@ -11,9 +11,10 @@ from dropforge.export.request import Made
 from dropforge.export.stage import Stage
 from dropforge.export.verify_gguf import verify_gguf
 from dropforge.export.verify_weights import compare_weights
-from dropforge.export_kinds import GGUF_NEEDS_IMATRIX
+from dropforge.export_kinds import GGUF_NEEDS_IMATRIX, split_detail
 from dropforge.llama_cpp.quantize import quantize
 from dropforge.llama_cpp.server import usable_threads
+from dropforge.llama_cpp.split import compare_parts, split_gguf
 
 
 def gguf_name(slug: str, gguf_type: str) -> str:
@@ -21,8 +22,9 @@ def gguf_name(slug: str, gguf_type: str) -> str:
     return f"{slug}-{gguf_type.upper()}.gguf"
 
 
-def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
-    """Write one GGUF into `folder` and verify it."""
+def export_gguf(stage: Stage, folder: Path, detail: str) -> Made:
+    """Write one GGUF of the type in `detail` into `folder`, cut into parts if it names a size, and verify it."""
+    gguf_type, largest = split_detail(detail)
     base = stage.base_gguf
     path = folder / gguf_name(stage.request.slug, gguf_type)
     fallbacks = 0
@@ -37,11 +39,20 @@ def export_gguf(stage: Stage, folder: Path, gguf_type: str) -> Made:
         fallbacks = quantize(
             base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads(), imatrix=imatrix
         )
-    stage.log(f"verifying {path.name}")
+    weights = compare_weights(path, source=base.path)
+    first = path
+    if largest and path.stat().st_size > largest:
+        stage.log(f"cutting {path.name} into parts")
+        parts = split_gguf(path, folder, stem=path.stem, largest=largest)
+        compare_parts(path, parts)
+        path.unlink()
+        first, more["parts"] = parts[0], len(parts)
+    stage.log(f"verifying {first.name}")
     checks = dict(base.checks)
-    if gguf_type != base.gguf_type:
-        checks = verify_gguf(path, gguf_type=gguf_type, expected=base.expected, tools=stage.tools)
-    checks |= compare_weights(path, source=base.path)
+    if gguf_type != base.gguf_type or first != path:
+        checks = verify_gguf(first, gguf_type=gguf_type, expected=base.expected, tools=stage.tools)
+    checks |= weights
     if fallbacks:
         checks["tensors_stored_larger"] = fallbacks
-    return Made(path=path, checks={**checks, **more, **asdict(base.conversion)})
+    checks |= {**more, **asdict(base.conversion)}
+    return Made(path=path, checks=checks) if first == path else Made(path=folder, checks=checks, name=path.stem)

@@ -31,7 +31,9 @@ def export_merged_4bit(stage: Stage, folder: Path) -> Made:
         config=quantization_config(compute=merged.dtype, skip=list(layers.kept)),
     )  # fmt: skip
     stage.log("comparing the NF4 folder with the merged model")
-    checks = verify_quantized(folder, source=merged.folder, layers=layers, answers=merged.answers, limits=NF4)
+    checks = verify_quantized(
+        folder, source=merged.folder, layers=layers, answers=merged.answers, limits=NF4, judged=merged.judged
+    )
     return Made(path=folder, checks=checks)
 
 

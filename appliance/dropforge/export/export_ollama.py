@@ -10,6 +10,7 @@ from dropforge.export.export_gguf import gguf_name
 from dropforge.export.modelfile import Modelfile, read_modelfile, write_modelfile
 from dropforge.export.request import ExportRequest, Made
 from dropforge.export.stage import Stage
+from dropforge.export_kinds import split_detail
 from dropforge.files import read_json, write_text
 
 PREFERRED = ("q4_k_m", "q8_0")
@@ -19,7 +20,7 @@ LARGEST_CONTEXT = 8192
 
 def finished_gguf(request: ExportRequest) -> Path | None:
     """The result's GGUF that Ollama gets: q4_k_m, then q8_0, then the first asked, then any; None without one."""
-    asked = [kind[5:] for kind in request.kinds if kind.startswith("gguf:")]
+    asked = [split_detail(kind[5:])[0] for kind in request.kinds if kind.startswith("gguf:")]
     names = [gguf_name(request.slug, gguf_type) for gguf_type in (*PREFERRED, *asked)]
     there = {path.name: path for path in sorted(request.result.gguf.glob("*.gguf"))}
     return next((there[name] for name in names if name in there), next(iter(there.values()), None))

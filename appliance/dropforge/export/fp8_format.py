@@ -4,7 +4,8 @@
     channel   one s per output row           (weight_scale [out, 1])
     block     one s per 128 x 128 block      (weight_scale [ceil(out / 128), ceil(in / 128)])
 
-Activations are quantised by the runtime, per token (channel) or per token and 128 inputs (block). Scales are float32:
+Activations are quantised by the runtime, per token (channel) or per token and 128 inputs (block), or with one fixed
+scale per layer from calibration data (static): s = the largest |input| / 448. Scales are float32:
 the scales of small weights fall below float16's normal range. Format: compressed-tensors "float-quantized"; E4M3:
 Micikevicius et al., FP8 Formats for Deep Learning, 2022.
 """
@@ -54,12 +55,17 @@ def spread(scale: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return scale.repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
 
 
-def quantization_config(*, strategy: Strategy, ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `ignore` names the linear layers left in 16 bits."""
+def quantization_config(*, strategy: Strategy, ignore: list[str], static: bool = False) -> dict[str, Any]:
+    """The `quantization_config` of config.json; `ignore` names the linear layers left in 16 bits.
+
+    `static`: inputs are rounded with one fixed scale per layer (input_scale [1]) instead of one per token.
+    """
     shared = {"num_bits": 8, "type": "float", "symmetric": True}
     weights = {**shared, "strategy": strategy, "dynamic": False}
     activations: dict[str, Any] = {**shared, "strategy": "token", "dynamic": True}
-    if strategy == "block":
+    if static:
+        activations |= {"strategy": "tensor", "dynamic": False}
+    elif strategy == "block":
         weights["block_structure"] = [BLOCK, BLOCK]
         activations |= {"strategy": "group", "group_size": BLOCK}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "format": "float-quantized"}

@@ -6,19 +6,15 @@ but its file has to be made; file format: llama.cpp, tools/imatrix (GGUF with NA
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dropforge.errors import ExportError
-from dropforge.export.reference import merged_model
+from dropforge.export.calibration import ROW_TOKENS, input_statistics
 from dropforge.export.samples import TrainingRow
 
 if TYPE_CHECKING:
     import torch
-
-ROW_TOKENS = 512
-TOKENS = 8192
 
 
 def write_imatrix(folder: Path, rows: tuple[TrainingRow, ...], *, gguf: Path, target: Path) -> int:
@@ -31,44 +27,11 @@ def write_imatrix(folder: Path, rows: tuple[TrainingRow, ...], *, gguf: Path, ta
             "no training rows were kept for the importance matrix", why="the model was trained by an earlier release",
             fix="train again, or choose a type from q2_k upwards",
         )  # fmt: skip
-    with merged_model(folder) as (model, _):
-        sums, tokens = _sums(model, rows)
-        names = _gguf_names(sorted(sums), layers=int(model.config.num_hidden_layers), gguf=gguf)
-    _write(target, {names[module]: value for module, value in sums.items() if module in names}, tokens=tokens)
-    return tokens
-
-
-def _sums(model: Any, rows: tuple[TrainingRow, ...]) -> tuple[dict[str, torch.Tensor], int]:
-    """float32 [in] per linear layer: the sum of squares of its inputs; and the number of tokens."""
-    import torch
-
-    sums: dict[str, torch.Tensor] = {}
-
-    def adds_to(name: str) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
-        def add(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            squares = inputs[0].detach().float().pow(2).flatten(0, -2).sum(dim=0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return add
-
-    hooks = [
-        module.register_forward_pre_hook(adds_to(name))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    ]
-    tokens = 0
-    try:
-        with torch.no_grad():
-            for row in rows:
-                ids = row.ids[:ROW_TOKENS]
-                if tokens and tokens + len(ids) > TOKENS:
-                    break
-                model(input_ids=torch.tensor([ids]))
-                tokens += len(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sums, tokens
+    found = input_statistics(folder, rows)
+    names = _gguf_names(sorted(found.squares), layers=found.layers, gguf=gguf)
+    sums = {names[module]: value for module, value in found.squares.items() if module in names}
+    _write(target, sums, tokens=found.tokens)
+    return found.tokens
 
 
 def _gguf_names(modules: list[str], *, layers: int, gguf: Path) -> dict[str, str]:

@@ -5,8 +5,9 @@ Embeddings, norms, biases and the head stay in 16 bits, byte for byte.
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,19 +87,27 @@ def _modules(folder: Path) -> tuple[list[str], str]:
 
 def write_quantized(
     source: Path, target: Path, *, layers: LinearLayers, quantize: Quantize, stored: tuple[str, ...],
-    config: dict[str, Any],
+    config: dict[str, Any], more: Mapping[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Fill the empty folder `target`: the shards of `source` quantised, its other files copied.
 
-    `stored` lists the name endings `quantize` makes; `config` becomes config.json's quantization_config.
+    `stored` lists the name endings `quantize` makes; `config` becomes config.json's quantization_config. `more` are
+    small tensors of quantised modules, named MODULE.x, which go beside their weights.
     """
+    beside: dict[str, list[str]] = {}
+    for name in more or {}:
+        beside.setdefault(f"{name.rpartition('.')[0]}.weight", []).append(name)
     weight_map: dict[str, str] = {}
     size = 0
     quantized = {f"{module}.weight" for module in layers.quantized}
     for file in weight_files(source):
         names = sorted(read_header(file))
         made = [name + end for name in names for end in (stored if name in quantized else ("",))]
-        write_stream(target / file.name, _tensors(source, names, quantized=quantized, quantize=quantize), names=made)
+        extra = [other for name in names for other in beside.get(name, ())]
+        made += extra
+        stream = _tensors(source, names, quantized=quantized, quantize=quantize)
+        stream = itertools.chain(stream, ((name, (more or {})[name]) for name in extra))
+        write_stream(target / file.name, stream, names=made)
         written = read_header(target / file.name)
         assert set(written) <= set(made), "quantize made something it did not announce"
         weight_map.update(dict.fromkeys(written, file.name))

@@ -6,15 +6,19 @@ Shape legend: T positions, V vocabulary.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
+import math
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ExportError, Reason
 from dropforge.export.safetensors_stream import index_folder
+from dropforge.export.streamed_model import CannotStream, streamed_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +27,11 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[np.float32]]
 
 ANSWER_TOKENS = 8
+STREAMED_ANSWER_TOKENS = 4
+"""Every token costs a streamed model one more reading of all its weights."""
 MEMORY_SHARE = 0.7
+WHOLE_BYTES = int(1.5 * 2**30)
+"""A model of at most so many bytes in float32 is held in memory; a larger one is read from disk as it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +49,26 @@ class Answer:
     """By how much (in log-probability) the chosen token leads the second, per step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A row of the evaluation split, and what the merged model predicts in it."""
+
+    ids: list[int]
+    positions: list[int]
+    """Places in `ids` after which the next token is predicted; the tokens there are among those that are learnt."""
+    logprobs: Array | None = None
+    """float32 [len(positions), V]."""
+
+
 def compute_dtype(folder: Path, *, copies: int = 1) -> torch.dtype:
-    """float32 when the model fits into memory that way, else bfloat16.
+    """float32 when the model fits into memory that way, else bfloat16. For models that are held whole.
 
     Raises ExportError (export-verify-memory) when neither fits, because an export that was not verified does not count.
     """
     import psutil
     import torch
 
-    numbers = 0
-    for info in index_folder(folder).values():
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        numbers += count
+    numbers = count_numbers(folder)
     available = psutil.virtual_memory().available * MEMORY_SHARE
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         if numbers * size * copies <= available:
@@ -64,6 +78,16 @@ def compute_dtype(folder: Path, *, copies: int = 1) -> torch.dtype:
         why=f"needs about {numbers * 2 * copies / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free to use",
         fix="run `dropforge retry` on a machine with more memory; the trained weights are safe",
     )  # fmt: skip
+
+
+def count_numbers(folder: Path) -> int:
+    """How many numbers the weights in a model folder are."""
+    return sum(math.prod(info.shape) for info in index_folder(folder).values())
+
+
+def streams(folder: Path) -> bool:
+    """True when the model is too large to be held whole and is read from disk as it runs."""
+    return count_numbers(folder) * 4 > WHOLE_BYTES
 
 
 @contextmanager
@@ -92,9 +116,19 @@ def quiet_libraries() -> Iterator[None]:
 @contextmanager
 def trained_model(base: Path, adapter: Path | None, full: Path | None) -> Iterator[Any]:
     """The model as it was trained: the 16-bit base with the adapter attached by PEFT, or the fully trained weights."""
+    folder = full or base
+    if streams(folder):
+        with suppress(CannotStream), streamed_model(folder, adapter=adapter) as model:
+            yield model
+            return
+    with _whole_trained_model(folder, adapter) as model:
+        yield model
+
+
+@contextmanager
+def _whole_trained_model(folder: Path, adapter: Path | None) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
 
-    folder = full or base
     model: Any
     with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(
@@ -126,6 +160,25 @@ def _resized(model: Any, adapter: Path) -> Any:
 @contextmanager
 def merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
     """The merged folder in transformers, and what its loading report lists: missing, unexpected, mismatched keys."""
+    if streams(folder):
+        with suppress(CannotStream), streamed_model(folder) as model:
+            yield model, unexpected(model, folder)
+            return
+    with _whole_merged_model(folder) as found:
+        yield found
+
+
+def unexpected(model: Any, folder: Path) -> dict[str, list[Any]]:
+    """Tensors in the files that a streamed model has no place for; a missing one has been refused before."""
+    known = set(model.state_dict())
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    names = [name for name in index_folder(folder) if name not in known]
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
+    return {"unexpected_keys": names} if names else {}
+
+
+@contextmanager
+def _whole_merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
     from transformers import AutoModelForCausalLM
 
     loaded: Any
@@ -146,34 +199,78 @@ def merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
         gc.collect()
 
 
+def is_streamed(model: Any) -> bool:
+    """True for a model that has weights on disk only."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 def answers(model: Any, prompts: list[list[int]], *, stop: int | None) -> list[Answer]:
-    """Continue each prompt greedily by ANSWER_TOKENS tokens; `stop` ends the answer. Without a cache, so exact."""
+    """Continue each prompt greedily; `stop` ends the answer. Without a cache, so exact."""
+    import numpy as np
+
+    steps = STREAMED_ANSWER_TOKENS if is_streamed(model) else ANSWER_TOKENS
+    tokens: list[list[int]] = [[] for _ in prompts]
+    rows: list[list[Any]] = [[] for _ in prompts]
+    margins: list[list[float]] = [[] for _ in prompts]
+    for _ in range(steps):
+        asked = [[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)]
+        for place, found in enumerate(logprobs(model, asked, [[len(ids) - 1] for ids in asked])):
+            second, first = np.partition(found[0], -2)[-2:]
+            tokens[place].append(int(np.argmax(found[0])))
+            margins[place].append(float(first - second))
+            rows[place].append(found[0])
+    return [
+        Answer(
+            prompt=prompt, tokens=more, end=more.index(stop) + 1 if stop in more else len(more),
+            logprobs=np.stack(found), margins=gaps,
+        )
+        for prompt, more, found, gaps in zip(prompts, tokens, rows, margins, strict=True)
+    ]  # fmt: skip
+
+
+def logprobs(model: Any, rows: list[list[int]], positions: list[list[int]]) -> list[Array]:
+    """float32 [P, V] per row: log-probabilities of the token after each of its positions.
+
+    A streamed model gets all rows at once, the short ones filled up at their ends, where no earlier token sees it.
+    """
+    if not is_streamed(model):
+        return [_batch(model, [ids], [places])[0] for ids, places in zip(rows, positions, strict=True)]
+    try:
+        return _batch(model, rows, positions)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ExportError(
+            "this model cannot be checked piece by piece", code="export-verify-memory", reason=Reason.OOM_HOST,
+            why=str(error)[:300], fix="run `dropforge retry` on a machine with more memory, and please report this",
+        ) from error  # fmt: skip
+
+
+def _batch(model: Any, rows: list[list[int]], positions: list[list[int]]) -> list[Array]:
+    """One forward pass; the head sees only the asked positions, so that no logits are made that nobody reads."""
     import torch
 
-    result = []
-    with torch.no_grad():
-        for prompt in prompts:
-            tokens: list[int] = []
-            rows, margins = [], []
-            for _ in range(ANSWER_TOKENS):
-                ids = torch.tensor([prompt + tokens])
-                row = torch.log_softmax(model(input_ids=ids).logits[0, -1].float(), dim=-1)
-                best = torch.topk(row, 2)
-                rows.append(row)
-                margins.append(float(best.values[0] - best.values[1]))
-                tokens.append(int(best.indices[0]))
-            end = tokens.index(stop) + 1 if stop in tokens else len(tokens)
-            result.append(
-                Answer(prompt=prompt, tokens=tokens, end=end, logprobs=torch.stack(rows).numpy(), margins=margins)
-            )
-    return result
+    ids = torch.zeros((len(rows), max(len(row) for row in rows)), dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+    at_row = torch.tensor([place for place, asked in enumerate(positions) for _ in asked])
+    at_token = torch.tensor([token for asked in positions for token in asked])
+
+    def select(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][at_row, at_token][None], *inputs[1:])
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(select)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    found = torch.log_softmax(logits.float(), dim=-1).numpy()
+    ends = [sum(len(asked) for asked in positions[:place]) for place in range(len(positions) + 1)]
+    return [found[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def prompt_logprobs(model: Any, prompts: list[list[int]]) -> list[Array]:
-    """float32 [T, V] per prompt: log-probabilities after every token of it."""
-    import torch
-
-    with torch.no_grad():
-        return [
-            torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), dim=-1).numpy() for ids in prompts
-        ]
+def spread_positions(length: int, *, most: int) -> list[int]:
+    """At most `most` positions of a row, evenly spaced, the last among them."""
+    if length <= most:
+        return list(range(length))
+    return sorted({round(step * (length - 1) / (most - 1)) for step in range(most)})

@@ -42,6 +42,9 @@ class ExportRequest:
     samples: tuple[TrainingRow, ...] = ()
     """First rows of the training data; the verification asks the prompts of some of them too."""
 
+    eval_samples: tuple[TrainingRow, ...] = ()
+    """First rows of the evaluation split; every export's agreement with the trained model is measured over them."""
+
     def __post_init__(self) -> None:
         assert (self.adapter is None) != (self.full is None), "give either adapter or full"
 
@@ -74,3 +77,5 @@ class Made:
 
     path: Path
     checks: dict[str, Any]
+    name: str = ""
+    """Name of a folder that is one of several of its kind."""

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import DropforgeError
+from dropforge.export.calibration import InputStatistics, input_statistics
 from dropforge.export.chat_format import render, stops, token_ids, turn_end
 from dropforge.export.go_template import OllamaTemplate, ollama_template
 from dropforge.export.imatrix import write_imatrix
 from dropforge.export.merge import merge
 from dropforge.export.probes import ANSWERED, TEXTS
-from dropforge.export.reference import Answer
+from dropforge.export.reference import Answer, Judged, spread_positions
 from dropforge.export.request import ExportRequest
 from dropforge.export.tokenizer_files import is_sentencepiece, set_eos, space_prefix, write_tokenizer
 from dropforge.export.verify_gguf import Expected, verify_gguf
@@ -28,6 +29,9 @@ from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
 SAMPLES = 2
 SAMPLE_TOKENS = 256
 """So many prompts of the training data are asked, each cut to so many tokens: the check stays short."""
+EVAL_ROWS = 8
+EVAL_POSITIONS = 8
+"""Agreement is measured in so many rows of the evaluation split, at so many places of each."""
 # Characters no chat template holds: 150 of them put the text more than 100 edits away from every template Ollama knows,
 # so that it cannot choose a wrong one by likeness and runs the template in the file instead.
 GUARD = "{#" + "\u203b" * 150 + "#}"
@@ -40,6 +44,7 @@ class Merged:
     folder: Path
     checks: dict[str, Any]
     answers: list[Answer]
+    judged: list[Judged]
     dtype: str
 
 
@@ -132,6 +137,14 @@ class Stage:
         result: tuple[Path, int] = self._once("imatrix", self._imatrix)
         return result
 
+    @property
+    def statistics(self) -> InputStatistics:
+        """What the training rows feed every linear layer of the merged model with."""
+        result: InputStatistics = self._once(
+            "statistics", lambda: input_statistics(self.merged.folder, self.request.samples)
+        )
+        return result
+
     def _imatrix(self) -> tuple[Path, int]:
         target = self.request.work / "imatrix.gguf"
         self.log("computing the importance matrix from the training data")
@@ -148,6 +161,17 @@ class Stage:
         distinct = [list(ids) for ids in dict.fromkeys(asked)]
         return [*(token_ids(self.tokenizer, text) for text in texts if text), *distinct[:SAMPLES]]
 
+    def judged(self) -> list[Judged]:
+        """Rows of the evaluation split and the places in them whose next token is learnt; without predictions."""
+        rows = []
+        for row in self.request.eval_samples:
+            ids = list(row.ids[:SAMPLE_TOKENS])
+            start = max(row.prompt - 1, 0)
+            if len(ids) - 1 > start and len(rows) < EVAL_ROWS:
+                places = [start + place for place in spread_positions(len(ids) - 1 - start, most=EVAL_POSITIONS)]
+                rows.append(Judged(ids=ids, positions=places))
+        return rows
+
     def _merge(self) -> Merged:
         request = self.request
         folder = _fresh(request.work / "merged")
@@ -158,10 +182,13 @@ class Stage:
         _end_generation(folder, end)
         self.log("comparing the merged weights with the trained model")
         verified: VerifiedMerge = verify_merged(
-            folder, base=request.base_path, adapter=request.adapter, full=request.full, prompts=self.prompts(), stop=end
-        )
+            folder, base=request.base_path, adapter=request.adapter, full=request.full, prompts=self.prompts(),
+            stop=end, judged=self.judged(),
+        )  # fmt: skip
         checks = {**asdict(report), **verified.checks, "repairs": repairs}
-        return Merged(folder=folder, checks=checks, answers=verified.answers, dtype=report.dtype)
+        return Merged(
+            folder=folder, checks=checks, answers=verified.answers, judged=verified.judged, dtype=report.dtype
+        )
 
     def _gguf_inputs(self) -> GgufInputs:
         template = self._file_template()
@@ -170,7 +197,7 @@ class Stage:
         prefix = space_prefix(definition) if is_sentencepiece(definition) else "never"
         expected = Expected(
             tokenizer=self.tokenizer, template=template, eos=self.end_token, answers=self.merged.answers,
-            texts=self._texts(prefix),
+            judged=self.merged.judged, texts=self._texts(prefix),
         )  # fmt: skip
         gguf_type = {"float16": "f16", "bfloat16": "bf16"}[self.merged.dtype]
         return GgufInputs(view=view, flags=self._flags(definition, prefix), gguf_type=gguf_type, expected=expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from dropforge.errors import ExportError
 from dropforge.export.chat_format import render, token_ids
 from dropforge.export.compare import Agreement, agreement
 from dropforge.export.probes import RENDERED
-from dropforge.export.reference import Answer
+from dropforge.export.reference import Answer, Judged
 from dropforge.export.tolerances import bounds
 from dropforge.llama_cpp.locate import LlamaCpp
 from dropforge.llama_cpp.server import LlamaServer
@@ -38,6 +38,8 @@ class Expected:
     answers: list[Answer]
     texts: tuple[str, ...]
     """Plain texts that must be cut alike too."""
+    judged: list[Judged] = field(default_factory=list)
+    """Rows of the evaluation split with the merged model's predictions."""
 
 
 def verify_gguf(
@@ -53,11 +55,15 @@ def verify_gguf(
         texts = _check_texts(server, expected, path.name)
         close = _logits(server, expected)
         greedy = _greedy(server, expected.answers)
-    checks = {
+        over_eval = _judge(server, expected) if expected.judged else None
+    checks: dict[str, Any] = {
         "type": gguf_type, "conversations_equal": conversations, "texts_equal": texts,
         "logits": close.as_dict(), "greedy_prompts": len(expected.answers), "greedy_equal": sum(greedy),
     }  # fmt: skip
     _check_logits(close, gguf_type=gguf_type, name=path.name)
+    if over_eval is not None:
+        checks["eval"] = over_eval.as_dict()
+        _check_logits(over_eval, gguf_type=gguf_type, name=path.name)
     if bounds(gguf_type).greedy and not all(greedy):
         raise _failure("gguf-text", "the GGUF answers something else than the merged model", path.name, str(checks))
     return checks
@@ -122,14 +128,30 @@ def _logits(server: LlamaServer, expected: Expected) -> Agreement:
     return agreement([answer.logprobs for answer in expected.answers], rows)
 
 
+def _judge(server: LlamaServer, expected: Expected) -> Agreement:
+    """Next-token log-probabilities in the rows of the evaluation split."""
+    plain = token_ids(expected.tokenizer, "a")[-1]
+    truth = [row.logprobs for row in expected.judged if row.logprobs is not None]
+    asked = [[row.ids[: place + 1] for place in row.positions] for row in expected.judged]
+    found = [
+        _predicted(server, prompts, shape=rows.shape, plain=plain) for prompts, rows in zip(asked, truth, strict=True)
+    ]
+    return agreement(truth, found)
+
+
 def _rows(server: LlamaServer, answer: Answer, *, plain: int) -> Array:
     """float32 [T, V], NaN where the runtime listed no value."""
+    prompts = [answer.prompt + answer.tokens[:step] for step in range(len(answer.tokens))]
+    return _predicted(server, prompts, shape=answer.logprobs.shape, plain=plain)
+
+
+def _predicted(server: LlamaServer, prompts: list[list[int]], *, shape: tuple[int, ...], plain: int) -> Array:
+    """float32 of `shape` [len(prompts), V]: what follows each prompt, NaN where the runtime listed no value."""
     import numpy as np
 
-    rows = np.full(answer.logprobs.shape, np.nan, dtype=np.float32)
-    size = int(answer.logprobs.shape[-1])
-    for step in range(len(answer.tokens)):
-        prompt = answer.prompt + answer.tokens[:step]
+    rows = np.full(shape, np.nan, dtype=np.float32)
+    size = int(shape[-1])
+    for step, prompt in enumerate(prompts):
         found = server.next_logprobs(prompt, listed=min(size, LISTED_TOKENS), plain_token=plain)
         for token, value in found.items():
             if token < size:  # a vocabulary padded in the file has more

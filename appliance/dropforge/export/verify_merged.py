@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ExportError
 from dropforge.export.compare import agreement
 from dropforge.export.merge import HEAD
-from dropforge.export.reference import Answer, answers, merged_model, prompt_logprobs, quiet_libraries, trained_model
+from dropforge.export.merged_values import StreamedValues, peft_values
+from dropforge.export.reference import (
+    Answer,
+    Judged,
+    answers,
+    is_streamed,
+    logprobs,
+    merged_model,
+    quiet_libraries,
+    spread_positions,
+    trained_model,
+)
 from dropforge.export.safetensors_stream import index_folder, read_tensor
 
 if TYPE_CHECKING:
@@ -19,43 +31,63 @@ if TYPE_CHECKING:
 LOGIT_BOUND = {"float16": 0.01, "bfloat16": 0.05}
 # One unit in the last place, relative: rounding itself costs half of it, the rest covers another order of additions.
 STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
+PROMPT_POSITIONS = 64
+"""Predictions compared per prompt, evenly spaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedMerge:
-    """The numbers, and the merged model's answers for the exports that follow."""
+    """The numbers, and what the merged model says for the exports that follow."""
 
     checks: dict[str, Any]
     answers: list[Answer]
+    judged: list[Judged]
+    """What it predicts in the rows of the evaluation split."""
 
 
 def verify_merged(
-    folder: Path, *, base: Path, adapter: Path | None, full: Path | None, prompts: list[list[int]], stop: int | None
-) -> VerifiedMerge:
+    folder: Path, *, base: Path, adapter: Path | None, full: Path | None, prompts: list[list[int]], stop: int | None,
+    judged: list[Judged] | None = None,
+) -> VerifiedMerge:  # fmt: skip
     """Load both in transformers and compare names, shapes, every value, and logits.
 
-    `prompts` are token ids. Raises ExportError (export-merge-wrong) with the first difference found.
+    `prompts` are token ids; `judged` are rows of the evaluation split without predictions. Raises ExportError
+    (export-merge-wrong) with the first difference found.
     """
     label = _one_dtype(folder)
+    rows = [*prompts, *(row.ids for row in judged or [])]
+    positions = [spread_positions(len(ids), most=PROMPT_POSITIONS) for ids in prompts]
+    positions += [row.positions for row in judged or []]
     with trained_model(base, adapter, full) as model:
-        truth = prompt_logprobs(model, prompts)
-        exact = str(model.dtype) == "torch.float32"
-        if adapter is not None:
-            with quiet_libraries():
-                model = model.merge_and_unload()
-        values = _compare_values(folder, dict(model.state_dict()), step=STEP[label] * (1 if exact else 16))
+        truth = logprobs(model, rows, positions)
+        if is_streamed(model):
+            values = _compare_values(folder, peft_values(model, base=full or base), step=STEP[label])
+        else:
+            exact = str(model.dtype) == "torch.float32"
+            if adapter is not None:
+                with quiet_libraries():
+                    model = model.merge_and_unload()
+            values = _compare_values(folder, dict(model.state_dict()), step=STEP[label] * (1 if exact else 16))
         del model
     with merged_model(folder) as (merged, loading):
         if loading:
             raise _wrong("the merged folder does not fit its own configuration", why=str(loading)[:500])
-        close = agreement(truth, prompt_logprobs(merged, prompts))
+        found = logprobs(merged, rows, positions)
         continued = answers(merged, prompts, stop=stop)
+        values["checked_in_pieces"] = is_streamed(merged)
+    close = agreement(truth[: len(prompts)], found[: len(prompts)])
     if not close.relative_error <= LOGIT_BOUND[label]:
         raise _wrong(
             "the merged model predicts something else than the trained model",
             why=f"relative error of logits {close.relative_error:.4g}, allowed {LOGIT_BOUND[label]:g}",
         )
-    return VerifiedMerge(checks={"dtype": label, **values, "logits": close.as_dict()}, answers=continued)
+    checks = {"dtype": label, **values, "logits": close.as_dict()}
+    predicted = []
+    for row, values_found in zip(judged or [], found[len(prompts) :], strict=True):
+        predicted.append(replace(row, logprobs=values_found))
+    if predicted:
+        checks["eval"] = agreement(truth[len(prompts) :], found[len(prompts) :]).as_dict()
+    return VerifiedMerge(checks=checks, answers=continued, judged=predicted)
 
 
 def _one_dtype(folder: Path) -> str:
@@ -66,16 +98,18 @@ def _one_dtype(folder: Path) -> str:
     return names[kinds.pop()]
 
 
-def _compare_values(folder: Path, truth: dict[str, torch.Tensor], *, step: float) -> dict[str, int]:
+def _compare_values(folder: Path, truth: Mapping[str, torch.Tensor], *, step: float) -> dict[str, Any]:
     """Every stored tensor against the tensor of the same name.
 
-    Left to the logits: fused layouts, which have other names, and a head that was one tensor with an embedding under
-    LoRA, because PEFT's merge writes the embedding's change into both although its forward pass does not.
+    Left to the logits: fused layouts, which have other names, and, for a model held whole, a head and an embedding
+    that were one tensor and are two now, because PEFT's merge writes one's change into both although its forward pass
+    does not.
     """
     stored = index_folder(folder)
+    untied = HEAD in stored and not isinstance(truth, StreamedValues)
     compared = zero = 0
     for name, info in stored.items():
-        if name not in truth or (name == HEAD and _is_shared(name, truth)):
+        if name not in truth or (untied and _is_shared(name, truth)):
             continue
         mine, other = read_tensor(info, name).float(), truth[name].float()
         if mine.shape != other.shape:
@@ -94,8 +128,10 @@ def _compare_values(folder: Path, truth: dict[str, torch.Tensor], *, step: float
     return {"tensors": len(stored), "tensors_compared": compared, "tensors_all_zero": zero}
 
 
-def _is_shared(name: str, truth: dict[str, torch.Tensor]) -> bool:
+def _is_shared(name: str, truth: Mapping[str, torch.Tensor]) -> bool:
     """The tensor is one with another, as the head of a tied model is: in the state dict, but not in the file."""
+    if isinstance(truth, StreamedValues):
+        return name in truth.tied
     pointer = truth[name].data_ptr()
     return any(other != name and tensor.data_ptr() == pointer for other, tensor in truth.items())
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import ExportError
 from dropforge.export.compare import Agreement, agreement
 from dropforge.export.quantized_folder import LinearLayers
-from dropforge.export.reference import Answer, compute_dtype, quiet_libraries
+from dropforge.export.reference import Answer, Judged, compute_dtype, logprobs, quiet_libraries, streams
 from dropforge.export.safetensors_stream import index_folder, read_tensor
+from dropforge.export.verify_pieces import Matrix, fp8_matrix, logprobs_in_pieces, nf4_matrix
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,28 +46,70 @@ NF4 = Limits(weight=0.13, relative_error=0.7, mean_kl=0.8, bitsandbytes=True)
 
 
 def verify_quantized(
-    folder: Path, *, source: Path, layers: LinearLayers, answers: list[Answer], limits: Limits
-) -> dict[str, Any]:
-    """All checks; returns the measured numbers. `source` is the merged folder, `answers` are its own.
+    folder: Path, *, source: Path, layers: LinearLayers, answers: list[Answer], limits: Limits,
+    judged: list[Judged] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """All checks; returns the measured numbers. `source` is the merged folder, `answers` and `judged` are its own.
 
     Raises ExportError (export-quantize-wrong) with the first difference found.
     """
     kept = _compare_kept(folder, source=source, layers=layers)
+    rows = [[*answer.prompt, *answer.tokens[:-1]] for answer in answers]
+    positions = [list(range(len(answer.prompt) - 1, len(row))) for answer, row in zip(answers, rows, strict=True)]
+    rows += [row.ids for row in judged or []]
+    positions += [row.positions for row in judged or []]
+    if streams(source):
+        found, worst = _in_pieces(folder, source, layers, limits, rows, positions)
+    else:
+        found, worst = _whole(folder, source, layers, limits, rows, positions)
+    close = agreement([answer.logprobs for answer in answers], found[: len(answers)])
+    _check_logits(close, limits)
+    checks = {
+        "matrices_quantized": len(layers.quantized), "left_in_16_bits": list(layers.kept), "tensors_kept": kept,
+        "worst_weight_error": round(worst[0], 5), "worst_tensor": worst[1], "logits": close.as_dict(),
+        "checked_in_pieces": streams(source),
+    }  # fmt: skip
+    if judged:
+        over_eval = agreement([row.logprobs for row in judged if row.logprobs is not None], found[len(answers) :])
+        checks["eval"] = over_eval.as_dict()
+        _check_logits(over_eval, limits)
+    return checks
+
+
+def _whole(
+    folder: Path, source: Path, layers: LinearLayers, limits: Limits, rows: list[list[int]], positions: list[list[int]]
+) -> tuple[list[Array], tuple[float, str]]:
+    """Predictions and the worst matrix, of the folder as transformers loads it."""
     with _loaded(folder, source=source) as (model, loading):
         if loading:
             raise _wrong("the quantised folder does not fit its own configuration", why=str(loading)[:500])
+
+        def matrix(module: str) -> torch.Tensor:
+            return _dequantized(model.get_submodule(module), limits)
+
         # In the first forward pass compressed-tensors dequantises its weights, and bitsandbytes rearranges its own.
         if limits.bitsandbytes:
-            worst = _compare_weights(model, source=source, layers=layers, limits=limits)
-        rows = _logprobs(model, answers)
+            worst = _compare_weights(matrix, source=source, layers=layers, limits=limits)
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = logprobs(model, rows, positions)
         if not limits.bitsandbytes:
-            worst = _compare_weights(model, source=source, layers=layers, limits=limits)
-    close = agreement([answer.logprobs for answer in answers], rows)
-    _check_logits(close, limits)
-    return {
-        "matrices_quantized": len(layers.quantized), "left_in_16_bits": list(layers.kept), "tensors_kept": kept,
-        "worst_weight_error": round(worst[0], 5), "worst_tensor": worst[1], "logits": close.as_dict(),
-    }  # fmt: skip
+            worst = _compare_weights(matrix, source=source, layers=layers, limits=limits)
+    return found, worst
+
+
+def _in_pieces(
+    folder: Path, source: Path, layers: LinearLayers, limits: Limits, rows: list[list[int]], positions: list[list[int]]
+) -> tuple[list[Array], tuple[float, str]]:
+    """The same, one matrix at a time, dequantised by compressed-tensors or bitsandbytes."""
+    matrix = nf4_matrix(folder) if limits.bitsandbytes else fp8_matrix(folder)
+    try:
+        worst = _compare_weights(matrix, source=source, layers=layers, limits=limits)
+    except KeyError as error:
+        raise _wrong("the quantised folder does not fit its own configuration", why=f"{error} is missing") from error
+    found = logprobs_in_pieces(
+        source, matrix=matrix, quantized=layers.quantized, folder=folder, rows=rows, positions=positions
+    )
+    return found, worst
 
 
 def _compare_kept(folder: Path, *, source: Path, layers: LinearLayers) -> int:
@@ -110,27 +153,14 @@ def _loaded(folder: Path, *, source: Path) -> Iterator[tuple[Any, dict[str, list
         gc.collect()
 
 
-def _logprobs(model: Any, answers: list[Answer]) -> list[Array]:
-    """float32 [T, V] per answer: log-probabilities along the merged model's greedy path."""
-    import torch
-
-    rows = []
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-        for answer in answers:
-            ids = torch.tensor([[*answer.prompt, *answer.tokens[:-1]]])
-            logits = model(input_ids=ids).logits[0, len(answer.prompt) - 1 :]
-            rows.append(torch.log_softmax(logits.float(), dim=-1).numpy())
-    return rows
-
-
-def _compare_weights(model: Any, *, source: Path, layers: LinearLayers, limits: Limits) -> tuple[float, str]:
+def _compare_weights(matrix: Matrix, *, source: Path, layers: LinearLayers, limits: Limits) -> tuple[float, str]:
     """Every quantised matrix as the runtime sees it against the merged one; returns the worst error and its name."""
     merged = index_folder(source)
     worst: tuple[float, str] = (0.0, "")
     for module in layers.quantized:
         name = f"{module}.weight"
         truth = read_tensor(merged[name], name).float()
-        mine = _dequantized(model.get_submodule(module), limits)
+        mine = matrix(module)
         difference, size = float((mine - truth).norm()), float(truth.norm())
         error = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
         if not error <= limits.weight:

@@ -8,6 +8,8 @@ from pathlib import Path
 from dropforge.llama_cpp.child import run_tool
 from dropforge.llama_cpp.locate import LlamaCpp
 
+# llama-quantize has no name for this one: embeddings and head in q8_0, the rest in q2_k.
+_MIXED = {"q2_k_l": ("q2_k", ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"))}
 _FALLBACKS = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
 
 
@@ -20,9 +22,10 @@ def quantize(
     because their rows do not fit the type's blocks.
     Raises ExportError (export-quantize) with llama-quantize's last words.
     """
-    options: list[str | Path] = ["--imatrix", imatrix] if imatrix else []
+    named, more = _MIXED.get(gguf_type, (gguf_type, ()))
+    options: list[str | Path] = [*(["--imatrix", imatrix] if imatrix else []), *more]
     output = run_tool(
-        [tools.tool("llama-quantize"), *options, source, target, gguf_type.upper(), str(threads)],
+        [tools.tool("llama-quantize"), *options, source, target, named.upper(), str(threads)],
         what=f"llama-quantize could not make {gguf_type}",
         code="export-quantize",
         fix="choose another type, for example gguf:q8_0",

@@ -82,7 +82,8 @@ class LlamaServer:
             "--no-ui", "--no-slots", "--no-warmup", "--fit", "off", "--reasoning-format", "none", "--offline",
         ]  # fmt: skip
         if self._exact:
-            command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+            # No repacking: it would put a second copy of the weights into memory.
+            command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--no-repack"]
         if self._lora is not None:
             command += ["--lora", str(self._lora)]
         with (folder / "log.txt").open("wb") as log:

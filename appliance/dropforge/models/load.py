@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
+from dropforge.fast_adapter import choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast_checks import check_layers
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
@@ -13,6 +16,7 @@ from dropforge.spec import AdapterSpec
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -78,27 +82,32 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
     set_seed(seed)
     if adapter.type == "full":
         return model.requires_grad_(True)  # type: ignore[return-value]
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     _check_names(model, adapter)
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha or adapter.r,
-        lora_dropout=adapter.lora_dropout,
-        target_modules=adapter.target_modules
-        if isinstance(adapter.target_modules, str)
-        else list(adapter.target_modules),
-        modules_to_save=list(adapter.modules_to_save) or None,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        init_lora_weights=True if adapter.init_lora_weights == "default" else adapter.init_lora_weights,
-        layers_to_transform=list(adapter.layers_to_transform) if adapter.layers_to_transform else None,
-        bias="none",
-    )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    # Frozen, and otherwise as loaded: norms and head stay in the compute type.
+    model.requires_grad_(False)
+    wrapped: Any = get_peft_model(model, _lora_config(model, adapter))
+    if adapter.init_lora_weights == "loftq":
+        from dropforge.fast_loftq import start_from_residual
+
+        start_from_residual(wrapped, folder=Path(model.name_or_path))
+    hold_in_fp32(wrapped)
+    if checkpointing:
+        wrapped.enable_input_require_grads()
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _lora_config(model: PreTrainedModel, adapter: AdapterSpec) -> LoraConfig:
+    layers = check_layers(model.config, layers=adapter.layers_to_transform, argument="adapter.layers_to_transform")
+    chosen = choose_targets(model, target_modules=adapter.target_modules, modules_to_save=adapter.modules_to_save)
+    init = adapter.init_lora_weights
+    return lora_config(
+        within_layers(model, chosen, layers), init_lora_weights=True if init == "default" else init, loftq_config=None,
+        task_type="CAUSAL_LM", r=adapter.r, lora_alpha=adapter.lora_alpha or adapter.r,
+        lora_dropout=adapter.lora_dropout, use_rslora=adapter.use_rslora, use_dora=adapter.use_dora,
+        layers_to_transform=layers, bias="none",
+    )  # fmt: skip
 
 
 def _check_names(model: PreTrainedModel, adapter: AdapterSpec) -> None:

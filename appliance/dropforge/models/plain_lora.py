@@ -1,8 +1,9 @@
-"""PiSSA and OLoRA adapters as plain LoRA, which every reader knows.
+"""PiSSA, OLoRA and LoftQ adapters as plain LoRA, which every reader knows.
 
 Both start from a part of the weight itself and take it out of the base: W0 = W - s B0 A0. After training the model is
 W0 + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0], so twice the rank holds it for the untouched base.
 (Meng et al., PiSSA, 2024; Bueyuekakyuez, OLoRA, 2024.) Where W0 was rounded to 16 bits, that rounding is left out.
+LoftQ starts from W - Q, what quantising lost (Li et al. 2023): its base in memory is W0 = Q, and the same holds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-CHANGES_BASE = ("pissa", "olora")
+CHANGES_BASE = ("pissa", "olora", "loftq")
 _STACKED = {".lora_A.weight": 0, ".lora_embedding_A": 0, ".lora_B.weight": 1, ".lora_embedding_B": 1}
 """Along which side of a tensor the rank lies, by the end of its name."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import DataError, ModelError
-from dropforge.models.templates import TEMPLATES, Template
+from dropforge.models.template_end import repair_end
+from dropforge.models.templates import ALIASES, TEMPLATES, find_template, is_custom, parse_custom
+from dropforge.models.templates.apply import apply_custom, apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,62 +60,47 @@ def load_tokenizer(path: Path, *, template: str = "auto") -> tuple[PreTrainedTok
         )
     tokenizer.padding_side = "right"
     name, reason, repairs = _choose_template(tokenizer, template)
+    end_repair = repair_end(tokenizer) if name == "model" else []
     pad_repair, added = _repair_pad(tokenizer)
-    choice = TemplateChoice(name=name, reason=reason, repairs=(*repairs, *pad_repair), added_tokens=added)
+    choice = TemplateChoice(name=name, reason=reason, repairs=(*repairs, *end_repair, *pad_repair), added_tokens=added)
     return tokenizer, choice
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, ...]:
-    """Give a loaded tokenizer another chat template by name. Returns what had to be repaired.
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str, **options: Any) -> tuple[str, ...]:
+    """Give a loaded tokenizer another chat template, by name or as an example with {INPUT} and {OUTPUT}.
 
-    Raises DataError (template-unknown).
+    `options` are those of `apply_template`. Returns what had to be repaired. Raises DataError (template-unknown,
+    template-invalid).
     """
-    return tuple(_choose_template(tokenizer, name)[2])
+    return tuple(_choose_template(tokenizer, name, **options)[2])
 
 
-def _choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str) -> tuple[str, str, list[str]]:
+def _choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str, **options: Any) -> tuple[str, str, list[str]]:
     if wanted == "auto" and tokenizer.chat_template:
         return "model", "the model brings its own chat template", []
     if wanted == "auto":
-        repairs = _use(tokenizer, TEMPLATES["chatml"])
+        repairs = apply_template(tokenizer, TEMPLATES["chatml"], **options)
         return "chatml", "the model brings no chat template, so ChatML is used", repairs
-    if wanted not in TEMPLATES:
-        nearest = difflib.get_close_matches(wanted, TEMPLATES, n=1)
+    if is_custom(wanted):
+        try:
+            custom = parse_custom(wanted)
+        except ValueError as error:
+            raise DataError(
+                "the chat template cannot be understood", code="template-invalid", where="data.template",
+                why=str(error), fix="write an example conversation with {INPUT} and {OUTPUT} in place of the texts",
+            ) from error  # fmt: skip
+        return "custom", "written out in data.template", apply_custom(tokenizer, custom, system=options.get("system"))
+    template = find_template(wanted)
+    if template is None:
+        names = sorted([*TEMPLATES, *ALIASES])
+        nearest = difflib.get_close_matches(wanted, names, n=1)
         raise DataError(
             f"there is no chat template {wanted[:60]!r}",
             code="template-unknown",
             where="data.template",
-            fix=(f"did you mean {nearest[0]}? " if nearest else "") + f"Known: auto, {', '.join(sorted(TEMPLATES))}",
+            fix=(f"did you mean {nearest[0]}? " if nearest else "") + f"Known: auto, {', '.join(names)}",
         )
-    return wanted, "named in data.template", _use(tokenizer, TEMPLATES[wanted])
-
-
-def _use(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
-    """Set the template without making new tokens.
-
-    A vocabulary without the template's end marker ends turns with its own end token instead; the start marker is
-    then ordinary text. New tokens would need embeddings that LoRA does not train.
-    """
-    vocabulary = tokenizer.get_vocab()
-    text, repairs = template.text, []
-    if template.end_of_turn in vocabulary:
-        if tokenizer.eos_token != template.end_of_turn:
-            repairs.append(f"end token {tokenizer.eos_token!r} -> {template.end_of_turn!r}, which ends a turn")
-            tokenizer.eos_token = template.end_of_turn
-    elif tokenizer.eos_token:
-        text = text.replace(template.end_of_turn, tokenizer.eos_token)
-        repairs.append(
-            f"turns end with {tokenizer.eos_token!r}, because {template.end_of_turn!r} is not in the vocabulary"
-        )
-    if _adds_bos(tokenizer) and not text.startswith("{{ bos_token }}"):
-        text = "{{ bos_token }}" + text
-    tokenizer.chat_template = text
-    return repairs
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model expects a begin token: then chat texts must start with it too."""
-    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return template.name, "named in data.template", apply_template(tokenizer, template, **options)
 
 
 def _repair_pad(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], tuple[str, ...]]:

@@ -16,6 +16,7 @@ from dropforge_kernels.modules.decoder_layer import decoder_layer
 from dropforge_kernels.modules.layer import Frame, Layer
 from dropforge_kernels.modules.policy import Keep
 from dropforge_kernels.modules.weights import Scratch
+from dropforge_kernels.ops.packed_attention import Bounds, document_bounds
 
 if TYPE_CHECKING:
     from dropforge_kernels.modules.offload import HostStore
@@ -33,7 +34,7 @@ class Batch:
     """(1, T)."""
     rows: int
     cu_seqlens: torch.Tensor | None
-    max_seqlen: int | None
+    """int32, where packed documents start and end; None for dense rows of one document each."""
 
 
 @dataclass(kw_only=True)
@@ -70,12 +71,20 @@ class Decoder:
             # A captured graph must not count on what an earlier forward left in the buffer.
             self.scratch.owner = None
         frame = Frame(
-            tables=self.tables(batch.positions), rows=batch.rows, cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen, mlp_tile=self.mlp_tile,
-        )  # fmt: skip
+            tables=self.tables(batch.positions), rows=batch.rows, bounds=self._bounds(batch), mlp_tile=self.mlp_tile
+        )
         x = batch.embeds.to(self.dtype)
         if self.store is not None:
             self.store.clear()
         for layer, keep in zip(self.layers, self.policies, strict=True):
             x = decoder_layer(x, layer, frame, keep=keep, store=self.store)
         return x
+
+    def _bounds(self, batch: Batch) -> Bounds | None:
+        tokens = batch.positions.numel()
+        edges = batch.cu_seqlens
+        if edges is None:
+            if all(layer.attention.softcap is None for layer in self.layers):
+                return None
+            edges = torch.arange(0, tokens + 1, tokens // batch.rows, dtype=torch.int32, device=batch.positions.device)
+        return document_bounds(edges, tokens)

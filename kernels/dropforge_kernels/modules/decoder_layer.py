@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from dropforge_kernels.modules import projection
 from dropforge_kernels.modules.activation import gated, gated_backward
-from dropforge_kernels.modules.layer import Frame, Layer, Weights, attend
+from dropforge_kernels.modules.joint_attention import attend
+from dropforge_kernels.modules.layer import Frame, Layer, Weights
 from dropforge_kernels.modules.norm import Norm
 from dropforge_kernels.modules.policy import Keep
 from dropforge_kernels.modules.projection import Gradients, Group

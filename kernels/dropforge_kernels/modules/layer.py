@@ -12,7 +12,7 @@ import torch
 
 from dropforge_kernels.modules.norm import Norm
 from dropforge_kernels.modules.projection import Group
-from dropforge_kernels.ops import attention, qk_norm_rope, rope
+from dropforge_kernels.ops.packed_attention import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,33 +70,8 @@ class Frame:
     tables: dict[str, tuple[torch.Tensor, torch.Tensor]]
     """cos and sin (T, pairs) of each token, fp32, by AttentionShape.angles."""
     rows: int
-    """Rows of a dense batch of equally long rows; 1 with cu_seqlens."""
-    cu_seqlens: torch.Tensor | None = None
-    max_seqlen: int | None = None
+    """Rows of a dense batch of equally long rows; 1 when documents are packed."""
+    bounds: Bounds | None = None
+    """Where each token's document begins and ends; None for dense rows without capped scores."""
     mlp_tile: int | None = None
     """Rows of the MLP computed at a time; None = all."""
-
-
-def attend(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """qkv (T, (heads + 2 groups) D) -> attention's output (T, heads D), differentiable.
-
-    Without head norms q and k are rotated in qkv's own memory: the caller must not need the unrotated ones.
-    """
-    tokens = qkv.shape[0]
-    parts = qkv.view(tokens, shape.heads + 2 * shape.groups, shape.width)
-    q, k, v = parts.split((shape.heads, shape.groups, shape.groups), dim=1)
-    cos, sin = frame.tables[shape.angles]
-    if shape.q_norm is not None and shape.k_norm is not None:
-        norm = shape.q_norm
-        q, k = qk_norm_rope(
-            q, k, norm.weight, shape.k_norm.weight, cos, sin, eps=norm.eps, offset=norm.offset, rounding=norm.rounding
-        )
-    else:
-        q, k = rope(q, k, cos, sin, inplace=True)
-    if frame.cu_seqlens is None:
-        q, k, v = (t.reshape(frame.rows, tokens // frame.rows, *t.shape[1:]) for t in (q, k, v))
-    out = attention(
-        q, k, v, scale=shape.scale, window=shape.window, softcap=shape.softcap,
-        cu_seqlens=frame.cu_seqlens, max_seqlen=frame.max_seqlen, validate=False,
-    )  # fmt: skip
-    return out.reshape(tokens, shape.heads * shape.width)

@@ -65,10 +65,7 @@ def _batch(inputs: dict[str, Any], embeds: torch.Tensor, shape: torch.Size) -> t
     positions = inputs.get("position_ids")
     cu_seqlens, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
     if cu_seqlens is not None:
-        return Batch(
-            embeds=embeds, positions=positions.reshape(1, -1), rows=1, cu_seqlens=cu_seqlens,
-            max_seqlen=int(inputs["max_length_q"]),
-        ), None  # fmt: skip
+        return Batch(embeds=embeds, positions=positions.reshape(1, -1), rows=1, cu_seqlens=cu_seqlens), None
     given = positions is not None
     if positions is None:
         positions = torch.arange(length, device=embeds.device).expand(rows, -1)
@@ -77,7 +74,7 @@ def _batch(inputs: dict[str, Any], embeds: torch.Tensor, shape: torch.Size) -> t
     if mask is not None and not bool(mask.all()):
         kept = mask.reshape(-1).nonzero().flatten()
     if kept is None and not (given and _restarts(positions.view(rows, length))):
-        return Batch(embeds=embeds, positions=positions[None], rows=rows, cu_seqlens=None, max_seqlen=None), None
+        return Batch(embeds=embeds, positions=positions[None], rows=rows, cu_seqlens=None), None
     starts = _starts(positions.view(rows, length)).reshape(-1)
     if kept is not None:
         # A document whose first tokens are padding begins at its first token that is kept.
@@ -86,11 +83,7 @@ def _batch(inputs: dict[str, Any], embeds: torch.Tensor, shape: torch.Size) -> t
         starts = torch.ones_like(document, dtype=torch.bool)
         starts[1:] = document[1:] != document[:-1]
     edges = torch.cat([starts.nonzero().flatten(), starts.new_full((1,), starts.numel(), dtype=torch.int64)])
-    batch = Batch(
-        embeds=embeds, positions=positions[None], rows=1, cu_seqlens=edges.to(torch.int32),
-        max_seqlen=int(edges.diff().max()),
-    )  # fmt: skip
-    return batch, kept
+    return Batch(embeds=embeds, positions=positions[None], rows=1, cu_seqlens=edges.to(torch.int32)), kept
 
 
 def _starts(positions: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""Put a fresh LoRA adapter on a loaded model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dropforge.errors import CommandError
+from dropforge.fast_adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast_checks import check_layers
+from dropforge.fast_state import needed_state
+from dropforge.models.plain_lora import initial_pairs
+
+LOG = logging.getLogger("dropforge")
+LOFTQ_BITS = 4
+
+
+def attach(
+    model: Any, *, targets: str | Iterable[str] | None, modules_to_save: Iterable[str] | None, switches: Switches,
+    layers: int | Iterable[int] | None, last_layers: int | None, seed: int, checkpointing: bool,
+    max_seq_length: int | None, init: bool | str, loftq_config: Any, task_type: str | None, fields: Mapping[str, Any],
+) -> Any:  # fmt: skip
+    """The model in PEFT's wrapper; arguments and errors as in FastLanguageModel.get_peft_model."""
+    from peft import PeftModel, get_peft_model
+    from transformers import set_seed
+
+    state = needed_state(model)
+    if max_seq_length is not None:
+        state.max_seq_length = min(state.max_seq_length, max_seq_length)
+    state.checkpointing = checkpointing
+    if state.full_finetuning:
+        LOG.warning("get_peft_model changes nothing: the model was loaded with full_finetuning=True")
+        return model
+    if isinstance(model, PeftModel):
+        raise CommandError(
+            "this model has an adapter already", code="api-adapter-twice", where="model",
+            fix="train it as it is, or load the base model again",
+        )  # fmt: skip
+    chosen_layers = _layers(model, layers, last_layers)
+    chosen = choose_targets(model, target_modules=targets, modules_to_save=modules_to_save, switches=switches)
+    chosen = within_layers(model, chosen, chosen_layers)
+    config = lora_config(
+        chosen, init_lora_weights=init, loftq_config=loftq_config, task_type=task_type or state.task_type,
+        layers_to_transform=chosen_layers, fan_in_fan_out=_is_transposed(model), **fields,
+    )  # fmt: skip
+    if init == "loftq":
+        _check_loftq(model, loftq_config)
+    model.requires_grad_(False)
+    set_seed(seed)
+    try:
+        wrapped: Any = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise CommandError(
+            "PEFT cannot put this adapter on this model", code="api-lora", where="get_peft_model", why=str(error),
+            fix="change the argument it names; PiSSA and OLoRA need weights that are not quantised",
+        ) from error  # fmt: skip
+    if init == "loftq":
+        from dropforge.fast_loftq import start_from_residual
+
+        start_from_residual(wrapped, folder=state.source.path)
+    if isinstance(init, str):
+        state.initial = initial_pairs(wrapped, init=init.partition("_niter_")[0])
+    hold_in_fp32(wrapped)
+    if state.source.kind == "hub":
+        # PEFT would record the folder of the download, which is of no use on another machine.
+        wrapped.peft_config["default"].base_model_name_or_path = state.source.id
+    return wrapped
+
+
+def _layers(model: Any, layers: int | Iterable[int] | None, last: int | None) -> list[int] | None:
+    if last is not None:
+        if layers is not None:
+            raise CommandError(
+                "layers_to_transform and finetune_last_n_layers both choose layers", code="api-layers",
+                where="finetune_last_n_layers", fix="give one of them",
+            )  # fmt: skip
+        count = model.config.get_text_config().num_hidden_layers
+        return check_layers(model.config, layers=range(count - last, count), argument="finetune_last_n_layers")
+    return check_layers(model.config, layers=layers, argument="layers_to_transform")
+
+
+def _is_transposed(model: Any) -> bool:
+    """GPT-2's layers keep their weights as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _check_loftq(model: Any, config: Any) -> None:
+    if not getattr(model, "is_loaded_in_4bit", False):
+        raise CommandError(
+            "init_lora_weights='loftq' repairs what 4 bits lost, and this model is not held in 4 bits", code="api-init",
+            where="init_lora_weights", fix="load it with load_in_4bit=True, or leave init_lora_weights out",
+        )  # fmt: skip
+    fields = config if isinstance(config, Mapping) else vars(config) if config is not None else {}
+    bits = fields.get("loftq_bits", LOFTQ_BITS)
+    if bits != LOFTQ_BITS:
+        raise CommandError(
+            f"loftq_config: loftq_bits cannot be {bits!r}", code="api-init", where="loftq_config",
+            fix=f"leave it out: the weights are held in {LOFTQ_BITS} bits",
+        )  # fmt: skip

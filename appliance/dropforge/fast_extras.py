@@ -1,0 +1,81 @@
+"""Further arguments that scripts give to from_pretrained and get_peft_model: what each one means here.
+
+An argument with nothing to do is accepted and, where a reader could expect an effect, said so; one whose effect is
+missing is refused with what to do instead, unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dropforge.errors import CommandError
+
+LOG = logging.getLogger("dropforge")
+_OFF = (None, False)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One accepted argument. `refuse`: what to do instead when it asks for something; `note`: why nothing is done."""
+
+    refuse: str = ""
+    note: str = ""
+    nothing: tuple[Any, ...] = _OFF
+    """Values that ask for nothing."""
+
+
+LOADING: dict[str, Extra] = {
+    # Names are never redirected, so the exact one is always used.
+    "use_exact_model_name": Extra(),
+    "disable_log_stats": Extra(),
+    "random_state": Extra(),
+    "max_lora_rank": Extra(),
+    "gpu_memory_utilization": Extra(),
+    "conservativeness": Extra(),
+    "fullgraph": Extra(),
+    "return_logits": Extra(note="logits are returned whenever a call has no labels, and in evaluation mode"),
+    "offload_embedding": Extra(note="the embedding stays on the device of the layers"),
+    "unsloth_tiled_mlp": Extra(note="the memory planner decides about tiles by itself"),
+    "unsloth_force_compile": Extra(note="nothing is compiled at loading"),
+    "fast_inference": Extra(refuse="leave fast_inference out: generate() runs in transformers, without vLLM"),
+    "float8_kv_cache": Extra(refuse="leave float8_kv_cache out: it needs fast_inference, which is not built in yet"),
+    "load_in_fp8": Extra(refuse="use load_in_4bit=True or load_in_16bit=True; fp8 is an export of a finished model"),
+    "float8_training": Extra(refuse="leave it out: training computes in bf16"),
+    "qat_scheme": Extra(refuse="leave qat_scheme out: train in 16 bits and quantise the result at export"),
+    "offload_layers": Extra(refuse="leave offload_layers out, or hold the weights with load_in_4bit=True"),
+    "prefetch_depth": Extra(),
+}
+ADAPTER: dict[str, Extra] = {
+    "temporary_location": Extra(),
+    "max_lora_rank": Extra(),
+    "qat_scheme": LOADING["qat_scheme"],
+    "checkpoint_skip_layers": Extra(note="the memory planner decides which layers are recomputed"),
+}
+
+
+def check_extras(given: Mapping[str, Any], known: Mapping[str, Extra], *, function: str, names: Iterable[str]) -> None:
+    """Accept or refuse the arguments in `given` by the table `known`. `names`: the function's own arguments.
+
+    Raises CommandError: api-argument for a name nobody knows, api-not-built for an effect that is missing.
+    """
+    for name, value in given.items():
+        extra = known.get(name)
+        if extra is None:
+            near = difflib.get_close_matches(name, [*names, *known], n=1)
+            raise CommandError(
+                f"{function} has no argument {name!r}", code="api-argument", where=name,
+                fix=f"did you mean {near[0]!r}?" if near else "see docs/guides/porting.md for the arguments",
+            )  # fmt: skip
+        if any(value is nothing for nothing in extra.nothing):
+            continue
+        if extra.refuse:
+            raise CommandError(
+                f"{name}={value!r} asks for something this release does not do", code="api-not-built", where=name,
+                fix=extra.refuse,
+            )  # fmt: skip
+        if extra.note:
+            LOG.warning("%s has no effect: %s", name, extra.note)

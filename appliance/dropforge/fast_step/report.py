@@ -1,0 +1,83 @@
+"""What the fast step did with each bucket shape, in a form that can be logged and saved beside the result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from dropforge.packing.shapes import BucketShape
+
+
+class Way(StrEnum):
+    """How micro-batches of a shape run."""
+
+    EAGER = "eager"
+    """Operation by operation; always so for the first of a shape, which warms everything up."""
+    CAPTURED = "captured"
+    """Forward and backward replayed as one CUDA graph."""
+    SPLIT = "split"
+    """Out of memory as a whole: cut into smaller buckets."""
+
+
+@dataclass
+class BucketReport:
+    """One shape."""
+
+    shape: BucketShape
+    way: Way = Way.EAGER
+    reason: str = ""
+    """Why it is not captured; empty when it is, or when it has run only once."""
+    runs: int = 0
+    capture_seconds: float = 0.0
+    graph_bytes: int = 0
+    """Memory that the shared pool of graphs grew by."""
+
+
+@dataclass
+class FastReport:
+    """One training."""
+
+    packing: str = ""
+    """Mode, budget and why."""
+    optimizer: str = ""
+    notes: list[str] = field(default_factory=list)
+    """What was switched off, and why."""
+    buckets: dict[BucketShape, BucketReport] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    """Real tokens (no padding) over the whole training, captures included."""
+    steady_tokens_per_second: float = 0.0
+    """The same over the steps after the last capture."""
+    host_ms_per_micro_batch: float = 0.0
+    """Time of the training thread per micro-batch when it waits neither for the GPU nor for data."""
+    wait_for_data_ms_per_step: float = 0.0
+    filled: float = 0.0
+    """Share of the computed tokens that are real."""
+    peak_memory: int = 0
+    """Bytes reserved by torch at most."""
+
+    def bucket(self, shape: BucketShape) -> BucketReport:
+        """The entry of a shape, made on first use."""
+        return self.buckets.setdefault(shape, BucketReport(shape))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        own = asdict(replace(self, buckets={}))
+        rows = [
+            {**asdict(shape), **{k: v for k, v in asdict(bucket).items() if k != "shape"}, "way": str(bucket.way)}
+            for shape, bucket in sorted(self.buckets.items())
+        ]
+        return own | {"buckets": rows}
+
+    def lines(self) -> list[str]:
+        """A few sentences for a log."""
+        lines = [f"packing: {self.packing}"] if self.packing else []
+        captured = [b for b in self.buckets.values() if b.way is Way.CAPTURED]
+        if captured:
+            sizes = sorted({bucket.shape.tokens for bucket in captured})
+            gib = sum(bucket.graph_bytes for bucket in captured) / 2**30
+            lines.append(f"captured as CUDA graphs: {len(captured)} buckets of {sizes} tokens, {gib:.1f} GiB in all")
+        for bucket in self.buckets.values():
+            if bucket.reason:
+                lines.append(f"bucket of {bucket.shape.tokens} tokens {bucket.way}: {bucket.reason}")
+        return lines + self.notes

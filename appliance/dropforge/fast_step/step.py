@@ -1,0 +1,197 @@
+"""Forward and backward of one micro-batch: as a CUDA graph per bucket shape where it can be, else eager.
+
+    step = BucketStep(model_loss, grads=flat.grads.values(), device=device, report=report, split=feeder.split)
+    step.begin()                    # loss of the optimizer step = 0
+    for micro in batch.micro:
+        step.run(micro)             # gradients add up in the flat buffers, the loss in step.loss
+    optimizer.step()
+
+The first micro-batch of a shape runs eagerly (it warms up whatever compiles or tunes itself, and it counts); the second
+is captured, and from then on one copy and one launch do the work. All graphs share one memory pool: they never run at
+the same time and keep nothing between runs. A capture that fails, for want of memory or because something cannot be
+captured, leaves the shape eager, with the reason in the report. A bucket that does not fit at all is cut in two.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dropforge.fast_step.report import BucketReport, FastReport, Way
+from dropforge.packing.collate import MicroBatch, model_inputs
+from dropforge.packing.shapes import BucketShape
+
+MOST_GRAPHS = 32
+"""Each graph holds its launches on the host and a little memory on the GPU."""
+
+LossOf = Callable[[dict[str, Any]], torch.Tensor]
+"""Model's arguments -> loss (0-d), already divided by the counted targets of the whole optimizer step."""
+
+
+class _Slot:
+    """What a shape keeps: its input buffer on the device, its graph."""
+
+    def __init__(self, shape: BucketShape, device: torch.device) -> None:
+        self.flat = torch.zeros(shape.words, dtype=torch.int64, device=device)
+        self.inputs = model_inputs(self.flat, shape)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+
+class BucketStep:
+    """Runs micro-batches; gradients add up where ``loss.backward()`` puts them.
+
+    Args:
+        loss_of: the model's loss.
+        grads: flat gradient buffers, which a failed attempt is taken back from.
+        device: of the model. On a CPU everything is eager.
+        report: filled as it goes.
+        split: a micro-batch -> smaller ones with the same documents; one element when it cannot be cut.
+        capture: False keeps everything eager; ``why_not`` says why in the report.
+    """
+
+    def __init__(
+        self,
+        loss_of: LossOf,
+        *,
+        grads: Iterable[torch.Tensor],
+        device: torch.device,
+        report: FastReport,
+        split: Callable[[MicroBatch], Sequence[MicroBatch]],
+        capture: bool = True,
+        why_not: str = "",
+    ) -> None:
+        self.loss_of, self.report, self.split = loss_of, report, split
+        self.grads = list(grads)
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.capture = capture and self.cuda
+        self.why_not = why_not or ("" if self.cuda else "CUDA graphs need a GPU")
+        self.loss = torch.zeros((), dtype=torch.float32, device=device)
+        self.captures = 0
+        self._slots: dict[BucketShape, _Slot] = {}
+        self._stream = torch.cuda.Stream(device) if self.cuda else None
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+
+    def begin(self) -> None:
+        """Start an optimizer step: its loss is zero."""
+        self.loss.zero_()
+
+    def run(self, micro: MicroBatch) -> None:
+        """Forward and backward. Raises torch.OutOfMemoryError when even one document does not fit."""
+        bucket = self.report.bucket(micro.shape)
+        bucket.runs += 1
+        slot = self._slots.get(micro.shape)
+        if slot is not None and slot.graph is not None:
+            slot.flat.copy_(micro.flat, non_blocking=True)
+            slot.graph.replay()
+            return
+        if bucket.way is Way.SPLIT:
+            self._run_split(micro)
+            return
+        if slot is None:
+            slot = self._slots[micro.shape] = _Slot(micro.shape, self.device)
+        slot.flat.copy_(micro.flat, non_blocking=True)
+        if slot.warm and self._may_capture(bucket):
+            self._capture(slot, bucket)
+        if slot.graph is not None:
+            slot.graph.replay()
+        else:
+            self._run_eager(slot, bucket, micro)
+
+    def _may_capture(self, bucket: BucketReport) -> bool:
+        if bucket.reason:
+            return False
+        if not self.capture:
+            bucket.reason = self.why_not
+        elif self.captures >= MOST_GRAPHS:
+            bucket.reason = f"there are {MOST_GRAPHS} graphs already"
+        return not bucket.reason
+
+    def _forward_backward(self, inputs: dict[str, Any]) -> None:
+        loss = self.loss_of(inputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.loss.add_(loss.detach())
+
+    def _run_eager(self, slot: _Slot, bucket: BucketReport, micro: MicroBatch) -> None:
+        # The first attempt may run out of memory half-way through the backward; afterwards memory is known to suffice.
+        kept = None if slot.warm else [*(buffer.clone() for buffer in self.grads), self.loss.clone()]
+        try:
+            self._on_side_stream(slot)
+            slot.warm = True
+        except torch.OutOfMemoryError as error:
+            text = str(error).split(".")[0]
+            parts = self.split(micro)
+            if kept is None or len(parts) < 2:
+                raise
+            bucket.way, bucket.reason = Way.SPLIT, text
+            del error, self._slots[micro.shape]
+            for buffer, before in zip([*self.grads, self.loss], kept, strict=True):
+                buffer.copy_(before)
+            kept = None
+        if bucket.way is Way.SPLIT:  # outside the handler, whose traceback keeps the failed attempt's tensors alive
+            torch.cuda.empty_cache()
+            self._run_split(micro)
+
+    def _run_split(self, micro: MicroBatch) -> None:
+        parts = self.split(micro)
+        if len(parts) < 2:
+            raise torch.OutOfMemoryError(f"a document of {micro.tokens} tokens does not fit; {micro.shape}")
+        for part in parts:
+            self.run(part)
+
+    def _on_side_stream(self, slot: _Slot) -> None:
+        """Eager work runs on the stream that captures, so that both share memory and autograd's streams agree."""
+        if self._stream is None:
+            self._forward_backward(slot.inputs)
+            return
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self._forward_backward(slot.inputs)
+        current.wait_stream(self._stream)
+
+    def _capture(self, slot: _Slot, bucket: BucketReport) -> None:
+        """Sets ``slot.graph``, or ``bucket.reason``. Nothing is computed; gradients stay as they are."""
+        started = time.monotonic()
+        current = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        bucket.reason = self._record(graph, slot)
+        if bucket.reason:
+            del graph
+            self._recover(current)
+            return
+        slot.graph = graph
+        self.captures += 1
+        bucket.way = Way.CAPTURED
+        bucket.capture_seconds = round(time.monotonic() - started, 3)
+        bucket.graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, slot: _Slot) -> str:
+        """Empty, or why it failed; as text, because the exception would keep the attempt's tensors alive."""
+        try:
+            # thread_local: another thread pins memory for the next batches meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._forward_backward(slot.inputs)
+        except Exception as error:  # noqa: BLE001  it ran eagerly just now: whatever fails here fails for the capture
+            first: BaseException = error
+            while first.__context__ is not None:  # leaving the block raises again, for what was raised inside
+                first = first.__context__
+            lines = str(first).strip().splitlines() or [""]
+            return f"capture failed: {type(first).__name__}: {lines[0][:300]}"
+        return ""
+
+    def _recover(self, stream: torch.cuda.Stream) -> None:
+        """After a failed capture torch may be left on its stream, its generator and its pool in capturing state."""
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize(self.device)
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
+        torch.cuda.empty_cache()

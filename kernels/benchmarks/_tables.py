@@ -1,0 +1,147 @@
+"""The tables of docs/reference/kernels.md and kernels-losses.md, made from the results file that the pages name.
+
+A page has ``<!-- table NAME -->`` and ``<!-- end -->``; ``fill`` puts the table between them. The pages are checked
+against the file by tests/kernels/test_results_page.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from _report import PEERS, Cases, cases, seconds_share, time_of
+
+LARGE = "16384"
+MUST = 0.85
+LOSSES = ("cross_entropy", "linear_cross_entropy", "linear_logprobs", "grpo_loss")
+RIVALS = ("liger", "unsloth")
+MARKED = re.compile(r"(<!-- table (\w+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+
+
+def _table(head: list[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _us(time: float | None) -> str:
+    if time is None:
+        return ""
+    return f"{time:,.1f}" if time < 1000 else f"{time:,.0f}"
+
+
+def _is_own_table(op: str) -> bool:
+    return op in LOSSES or op.startswith(("attention", "nf4", "fp8", "adamw"))
+
+
+def memory_bound(found: Cases) -> str:
+    """Elementwise and normalising operations at 16,384 tokens, with every other provider's time over ours."""
+    rows = []
+    for (op, direction, shape, tokens), providers in found.items():
+        ours = time_of(providers.get("ours"))
+        if tokens != LARGE or ours is None or _is_own_table(op):
+            continue
+        others = [time_of(providers.get(p)) for p in PEERS]
+        cells = [f"{t / ours:.2f}" if t else "" for t in others]
+        rows.append([op, direction, shape, _us(ours), f"{seconds_share(providers['ours']):.2f}", *cells])
+    return _table(["operation", "direction", "shapes", "us", "share of copy", *(f"{p}, times ours" for p in PEERS)], rows)
+
+
+def attention(found: Cases) -> str:
+    """Every attention case with the time of each backend."""
+    rows = []
+    for (op, direction, shape, _), providers in found.items():
+        ours = time_of(providers.get("ours"))
+        if ours is None or not op.startswith("attention"):
+            continue
+        each = ", ".join(f"{p} {time_of(r):,.0f}" for p, r in providers.items() if p != "ours" and time_of(r))
+        share = f"{seconds_share(providers['ours']):.2f}"
+        rows.append([op.removeprefix("attention "), direction, shape, f"{ours:,.0f}", share, each])
+    return _table(["case", "direction", "shapes", "us", "share of product", "each backend, us"], rows)
+
+
+def _one_operation(op: str) -> Callable[[Cases], str]:
+    def make(found: Cases) -> str:
+        mine = {key: providers for key, providers in found.items() if key[0] == op and "ours" in providers}
+        names = list(dict.fromkeys(p for providers in mine.values() for p in providers if p != "copy"))
+        extra = any(rows[0]["extra_mib"] for providers in mine.values() for rows in providers.values())
+        head = ["what", "model", "tokens", *names, "host, ours", "share"] + (["extra MiB: " + ", ".join(names)] * extra)
+        rows = []
+        for (_, direction, shape, tokens), providers in mine.items():
+            if providers["ours"][0]["status"] != "ok":
+                continue
+            times = [_us(time_of(providers.get(p))) or ("failed" if p in providers else "") for p in names]
+            host = _us(float(providers["ours"][0]["host_us"]))
+            row = [direction, shape, tokens, *times, host, f"{seconds_share(providers['ours']):.2f}"]
+            if extra:
+                mib = [providers[p][0]["extra_mib"] if p in providers else "" for p in names]
+                row.append(", ".join(f"{float(m):,.0f}" if m else "-" for m in mib))
+            rows.append(row)
+        return _table(head, rows)
+
+    return make
+
+
+class Comparison(NamedTuple):
+    """One case of ours beside one peer's: ``ratio`` is the peer's time over ours."""
+
+    ratio: float
+    ours: float
+    peer: str
+    case: tuple[str, ...]
+
+
+def comparisons(found: Cases) -> list[Comparison]:
+    """Every case that Liger or Unsloth ran too, slowest of ours first."""
+    made = []
+    for case, providers in found.items():
+        ours = time_of(providers.get("ours"))
+        for peer in RIVALS:
+            theirs = time_of(providers.get(peer))
+            if ours and theirs:
+                made.append(Comparison(theirs / ours, ours, peer, case))
+    return sorted(made)
+
+
+def slower(found: Cases) -> str:
+    """How often ours is slower than a peer, and each case where it is by more than 1%."""
+    made = comparisons(found)
+    worse = [c for c in made if c.ratio < 1 / 1.01]
+    text = f"{len(made)} comparisons; ours is faster or within 1% in {len(made) - len(worse)}.\n\n"
+    head = ["operation", "direction", "shapes", "tokens", "peer", "ours, us", "slower by, us", "slower by"]
+    rows = [
+        [*c.case, c.peer, _us(c.ours), f"{c.ours * (1 - c.ratio):.2f}", f"{100 * (1 / c.ratio - 1):.1f}%"] for c in worse
+    ]
+    return text + _table(head, rows)
+
+
+def below(found: Cases) -> str:
+    """Memory-bound cases of ours at 16,384 tokens below 85% of the large copy, with the copy of the same size."""
+    rows = []
+    for (op, direction, shape, tokens), providers in found.items():
+        ours = time_of(providers.get("ours"))
+        if ours is None or not providers["ours"][0]["share_of_copy"]:
+            continue
+        large = tokens == LARGE or op.startswith(("nf4", "adamw"))
+        share, copy = seconds_share(providers["ours"]), time_of(providers.get("copy"))
+        if large and share < MUST:
+            own_size = f"{copy / ours:.2f}" if copy else ""
+            rows.append([op, direction, shape, tokens, _us(ours), f"{share:.2f}", f"{MUST - share:.2f}", own_size])
+    head = ["operation", "direction", "shapes", "tokens", "us", "share of copy", "missing", "share of a copy of its size"]
+    return _table(head, rows)
+
+
+TABLES: dict[str, Callable[[Cases], str]] = {
+    "memory_bound": memory_bound,
+    "attention": attention,
+    "slower": slower,
+    "below": below,
+    **{op: _one_operation(op) for op in (*LOSSES, "nf4_dequantize", "fp8", "adamw")},
+}
+
+
+def fill(page: str, results: Path) -> str:
+    """The page with every marked table made anew; KeyError for a name that is not in TABLES."""
+    found = cases(results)
+    return MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]](found)}{m[4]}", page)

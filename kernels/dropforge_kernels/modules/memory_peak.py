@@ -1,0 +1,158 @@
+"""The peak of a training step, followed through forward, loss and backward layer by layer. No torch.
+
+All layers are alike, so a plan is four numbers: how many layers, from the first on, give their input to the host, keep
+only their input, keep attention too, keep everything. In this order memory falls fastest in the backward: what the last
+layers keep is free again when the layers that compute everything anew need room. The formulas mirror
+``decoder_layer`` and ``causal_lm``; every term is bytes per token of what is alive at that moment.
+
+Legend: as in ``model_shape``; B = bytes of a value of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dropforge_kernels.modules.model_shape import ModelShape, Training
+
+B = 2
+LOSS_BUDGET = 400 << 20
+"""The fused loss's logits (ops/_head_chunks.py, frozen head)."""
+WORKSPACE = 96 << 20
+"""cuBLAS's and attention's workspaces, the batch and other small buffers."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Layers by policy, in the order of the layers."""
+
+    offload: int
+    recompute: int
+    attention: int
+    keep: int
+
+    @property
+    def layers(self) -> int:
+        return self.offload + self.recompute + self.attention + self.keep
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Per token."""
+
+    x: int
+    attention: int
+    """What attention's half leaves: q k v, output, log-sum-exp, y, low-rank products, branch."""
+    mlp: int
+    """gate and up, low-rank products, branch."""
+    gated: int
+    attention_backward: int
+    """Beyond attention's half: gradient of the output, of q k v, flash attention's expanded dk, dv and fp32 dq."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, training: Training) -> LayerBytes:
+        q, k, h = shape.queries * B, shape.keys * B, shape.hidden * B
+        qkv, branch = q + 2 * k, h if shape.end_norms else 0
+        normed_heads = q + k if shape.head_norms else 0
+        low = B * training.rank("q_proj", "k_proj", "v_proj", "o_proj")
+        low_mlp = B * training.rank("gate_proj", "up_proj", "down_proj")
+        kernel = 3 * q + 2 * q  # dq, dk and dv of every head, dq again in fp32
+        joined = q + 2 * k + qkv  # dq, dk, dv and the gradient of the joined q k v
+        return cls(
+            x=h,
+            attention=qkv + q + 4 * shape.heads + h + low + branch + normed_heads,
+            mlp=2 * shape.intermediate * B + low_mlp + branch,
+            gated=shape.intermediate * B,
+            attention_backward=q + max(kernel, joined) + normed_heads,
+        )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Predicted bytes, the CUDA context left out."""
+
+    weights: int
+    adapters: int
+    """Masters, copies in the compute dtype, gradients and optimizer states."""
+    buffers: int
+    """Dequantised layer, rotation tables, workspaces, the loss's logits."""
+    activations: int
+    """Kept and working tensors at the worst moment."""
+    host: int
+    """Pinned host memory."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.buffers + self.activations
+
+
+def peak(shape: ModelShape, training: Training, counts: Counts, *, tokens: int, tile: int | None) -> Peak:
+    """``tokens`` of one micro-batch; ``tile``: rows of the MLP at a time in layers that do not keep everything."""
+    each = LayerBytes.of(shape, training)
+    trained = training.trained_values(shape)
+    gradients = 4 * trained if training.gradients_stay else 0
+    scratch = B * shape.layer_values if training.weights == "nf4" else 0
+    tables = tokens * shape.queries // shape.heads * 4
+    rows = min(tokens, max(16, LOSS_BUDGET // (B * shape.vocabulary)))
+    loss = rows * B * (shape.vocabulary + 2 * shape.hidden)
+    walk = _Walk(each, tokens=tokens, tile=tile, layers=shape.layers, gradients=4 * trained - gradients)
+    activations = walk.worst(counts, loss)
+    return Peak(
+        weights=training.weight_bytes(shape),
+        adapters=(4 + B) * trained + training.optimizer_bytes(shape) + gradients,
+        buffers=scratch + tables + WORKSPACE,
+        activations=activations,
+        host=counts.offload * each.x * tokens,
+    )
+
+
+class _Walk:
+    """Follows one step. Among layers of one policy the first or the last is the worst: only those are looked at."""
+
+    def __init__(self, each: LayerBytes, *, tokens: int, tile: int | None, layers: int, gradients: int) -> None:
+        self.each, self.tokens, self.layers, self.gradients = each, tokens, layers, gradients
+        self.tiled = tile is not None and tile < tokens
+        self.share = min(1.0, tile / tokens) if tile else 1.0
+
+    def worst(self, counts: Counts, loss: int) -> int:
+        x = self.each.x
+        kept = {"offload": 0, "recompute": x, "attention": x + self.each.attention}
+        kept["keep"] = kept["attention"] + self.each.mlp
+        held, done, worst = 0.0, 0, float(self.gradients)
+        groups = [(name, getattr(counts, name)) for name in kept if getattr(counts, name)]
+        for name, count in groups:
+            before, first = held + (count - 1) * kept[name], held + kept[name]
+            worst = max(worst, self.tokens * (before + self._forward(name)))
+            worst = max(worst, self.tokens * (first + self._backward(name)) + self._made(done + 1))
+            done += count
+            held += count * kept[name]
+            worst = max(worst, self.tokens * (held + self._backward(name)) + self._made(done))
+        last = 2 * x if groups and groups[-1][0] == "offload" else x
+        # the last layer's output, its norm, its gradient; then the gradient twice and the norm's own
+        worst = max(worst, self.tokens * (held + last + 2 * x + 28) + loss, self.tokens * (held + last + 3 * x))
+        return int(worst)
+
+    def _made(self, layer: int) -> float:
+        """Adapter gradients there are once the backward has come down to this layer, counted from 1."""
+        return self.gradients * (self.layers - layer) / self.layers
+
+    def _forward(self, name: str) -> float:
+        """Beyond what earlier layers keep."""
+        each = self.each
+        share = 1.0 if name == "keep" else self.share
+        mlp = share * (each.mlp + each.gated + each.x) + (each.x if self.tiled and name != "keep" else 0)
+        inputs = 2 * each.x if name == "offload" else each.x
+        return inputs + each.attention + mlp
+
+    def _backward(self, name: str) -> float:
+        """Beyond what this and earlier layers keep; the layer's own kept tensors are counted by the caller."""
+        each = self.each
+        gradient = each.x
+        again = each.attention if name in ("offload", "recompute") else 0
+        fetched = 2 * each.x if name == "offload" else 0
+        if name == "keep":
+            mlp = each.x + max(each.gated, 2 * each.x)
+            attention: float = each.x + each.attention_backward - each.mlp
+        else:
+            mlp = int(self.share * (each.x + each.mlp + max(each.gated, 2 * each.x))) + (each.x if self.tiled else 0)
+            attention = each.x + each.attention_backward
+        return gradient + again + fetched + max(mlp, attention)

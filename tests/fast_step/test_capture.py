@@ -1,0 +1,199 @@
+"""CUDA graphs of packed buckets give what eager gives, and what cannot be captured goes on without them (GPU)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from dropforge.fast_step.flat import FlatParameters
+from dropforge.fast_step.report import FastReport, Way
+from dropforge.fast_step.step import BucketStep
+from dropforge.fast_step.trainer import FastOptions
+from dropforge.packing.choose import choose_packing
+from dropforge.packing.feed import Feeder
+from dropforge.packing.rows import token_rows
+from dropforge_kernels.patch.attention_interface import packed_attention
+
+pytestmark = pytest.mark.gpu
+
+
+class Bench:
+    """A model on the GPU, its flat gradients, and steps of packed micro-batches."""
+
+    def __init__(self, model, dataset, *, budget=2048, per_step=40, capture=True) -> None:
+        rows = token_rows(dataset)
+        plan = choose_packing(rows, documents_per_step=per_step, per_micro=4, budget=budget, seed=1).plan
+        self.feeder = Feeder(rows, plan, pad=0, pin=True)
+        self.model = model
+        self.flat = FlatParameters([[p for p in model.parameters() if p.requires_grad]])
+        self.report = FastReport()
+        self.loss_of = lambda inputs: self.model(**inputs).loss
+        self.step = BucketStep(
+            lambda inputs: self.loss_of(inputs), grads=self.flat.grads.values(), device=torch.device("cuda", 0),
+            report=self.report, split=self.feeder.split, capture=capture, why_not="" if capture else "off",
+        )  # fmt: skip
+
+    def steps(self, count):
+        """(loss, gradient) of each step."""
+        out = []
+        for number in range(count):
+            batch = self.feeder.step(0, number)
+            self.flat.zero_grad()
+            self.step.begin()
+            for micro in batch.micro:
+                self.step.run(micro)
+            torch.cuda.synchronize()
+            out.append((float(self.step.loss), next(iter(self.flat.grads.values())).clone()))
+        self.feeder.close()
+        return out
+
+
+def compare(ours, theirs, *, tolerance):
+    for (loss, grad), (other, expected) in zip(ours, theirs, strict=True):
+        assert loss == pytest.approx(other, rel=tolerance)
+        assert torch.linalg.vector_norm(expected) > 0
+        difference = torch.linalg.vector_norm(grad - expected) / torch.linalg.vector_norm(expected)
+        assert difference < tolerance
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_captured_equals_eager_over_several_buckets(tiny, documents, lora):
+    data = documents(400, longest=200)
+    results = []
+    for capture in (True, False):
+        model = tiny(lora=lora, dtype=torch.bfloat16, device="cuda").train()
+        with packed_attention(model):
+            bench = Bench(model, data, capture=capture)
+            results.append(bench.steps(10))
+    captured = [bucket for bucket in bench.report.buckets.values() if bucket.way is Way.CAPTURED]
+    assert not captured, "the second bench must be eager"
+    compare(*results, tolerance=2e-2)
+
+
+def test_several_shapes_are_captured_and_share_one_pool(tiny, documents):
+    model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model):
+        bench = Bench(model, documents(800, longest=200), per_step=35)
+        bench.steps(20)
+    captured = [bucket for bucket in bench.report.buckets.values() if bucket.way is Way.CAPTURED]
+    assert len({bucket.shape for bucket in captured}) >= 2, bench.report.lines()
+    assert all(bucket.capture_seconds > 0 and not bucket.reason for bucket in captured)
+
+
+def test_full_graph_is_exact_for_one_shape(tiny, documents):
+    """The same micro-batch eagerly and replayed: nothing is left over from earlier replays."""
+    model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model):
+        bench = Bench(model, documents(60, longest=60), per_step=30)
+        batch = bench.feeder.step(0, 0)
+        losses = []
+        for _ in range(5):  # eager, captured, replayed three times
+            bench.step.begin()
+            for micro in batch.micro:
+                bench.step.run(micro)
+            losses.append(float(bench.step.loss))
+        bench.feeder.close()
+    assert bench.step.captures >= 1, bench.report.lines()
+    assert np.ptp(losses) <= 1e-3 * abs(losses[0])
+
+
+def test_what_waits_for_the_gpu_stays_eager_with_its_reason(tiny, documents):
+    model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model):
+        bench = Bench(model, documents(200, longest=60), per_step=40)
+
+        def loss_of(inputs):
+            if float(inputs["input_ids"].sum()) < 0:
+                raise AssertionError
+            return model(**inputs).loss
+
+        bench.loss_of = loss_of
+        first = bench.steps(5)
+        again = Bench(model, documents(200, longest=60), per_step=40, capture=False)
+        compare(first, again.steps(5), tolerance=2e-2)
+    assert bench.step.captures == 0
+    assert any("capture failed" in bucket.reason for bucket in bench.report.buckets.values())
+    # torch is whole again: random numbers, allocations and another capture work
+    torch.rand(4, device="cuda")
+    model2 = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model2):
+        fresh = Bench(model2, documents(200, longest=60), per_step=40)
+        fresh.steps(5)
+    assert fresh.step.captures >= 1, fresh.report.lines()
+
+
+def test_out_of_memory_in_capture_falls_back(tiny, documents):
+    model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model):
+        bench = Bench(model, documents(200, longest=60), per_step=40)
+
+        def loss_of(inputs):
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+            return model(**inputs).loss
+
+        bench.loss_of = loss_of
+        compare(bench.steps(5), Bench(model, documents(200, longest=60), per_step=40, capture=False).steps(5),
+                tolerance=2e-2)  # fmt: skip
+    reasons = [bucket.reason for bucket in bench.report.buckets.values() if bucket.reason]
+    assert reasons
+    assert all("OutOfMemoryError" in reason for reason in reasons)
+
+
+def test_a_bucket_that_does_not_fit_is_cut_in_two(tiny, documents):
+    model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
+    with packed_attention(model):
+        bench = Bench(model, documents(400, longest=200), budget=4096, per_step=40)
+
+        def loss_of(inputs):
+            loss = model(**inputs).loss
+            if inputs["input_ids"].shape[1] > 2048:
+                loss = loss * Fails.apply(loss)
+            return loss
+
+        bench.loss_of = loss_of
+        ours = bench.steps(5)
+        bench.loss_of = lambda inputs: model(**inputs).loss
+        theirs = Bench(model, documents(400, longest=200), budget=2048, per_step=40, capture=False).steps(5)
+        compare(ours, theirs, tolerance=2e-2)
+    assert any(bucket.way is Way.SPLIT for bucket in bench.report.buckets.values())
+
+
+class Fails(torch.autograd.Function):
+    """Runs out of memory in the backward, after other gradients have been written."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ones_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError("CUDA out of memory, says the test. And more")
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trainer_with_graphs_learns_like_the_plain_one(tiny, documents, train, lora):
+    data = documents(400, longest=200)
+    options = {"max_steps": 12, "bf16": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    fast = train(tiny(lora=lora, device="cuda"), data, fast=FastOptions(budget=2048), **options)
+    plain = train(tiny(lora=lora, device="cuda"), data, **options)
+    ours = [row["loss"] for row in fast.state.log_history if "loss" in row]
+    theirs = [row["loss"] for row in plain.state.log_history if "loss" in row]
+    assert ours == pytest.approx(theirs, rel=5e-3)
+    assert fast.report.as_dict()["buckets"]
+    assert any(bucket.way is Way.CAPTURED for bucket in fast.report.buckets.values()), fast.report.lines()
+
+
+def test_dropout_works_in_a_graph(tiny, documents, train):
+    data = documents(400, longest=200)
+    options = {"max_steps": 8, "bf16": True, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+    trainer = train(tiny(lora=True, dropout=0.1, device="cuda"), data, fast=FastOptions(budget=2048), **options)
+    assert any(bucket.way is Way.CAPTURED for bucket in trainer.report.buckets.values()), trainer.report.lines()
+    assert all(np.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+
+
+def test_recomputed_layers_can_be_captured(tiny, documents, train):
+    options = {"max_steps": 8, "bf16": True, "gradient_checkpointing": True,
+               "gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False}}  # fmt: skip
+    trainer = train(tiny(lora=True, device="cuda"), documents(400, longest=200), fast=FastOptions(), **options)
+    assert any(bucket.way is Way.CAPTURED for bucket in trainer.report.buckets.values()), trainer.report.lines()
