@@ -18,7 +18,7 @@ LOCK_IMAGE := $(BIN)/uv pip compile -q pyproject.toml --extra train --only-binar
 SCRIPTS := entrypoint.sh $(wildcard docker/*.sh docker/services/*.sh)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup llama demo test test-slow test-gpu bench bench-steps lint format docs lock clean \
+.PHONY: help setup llama demo test test-slow test-faults test-gpu bench bench-steps lint format docs lock clean \
         image image-test up down shell
 
 help: ## show this list
@@ -46,6 +46,9 @@ test: llama ## run the default tests (CPU)
 
 test-slow: llama ## run the tests that take minutes
 	@$(PYTEST) -q tests -m 'slow and not gpu and not image'
+
+test-faults: $(READY) ## try the 40 faults and attacks of the queue; results into docs/reference/fault-tests.* (30 minutes)
+	@$(BIN)/python tests/daemon/fault_report.py $(FAULTS)
 
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
 	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/doctor -m gpu

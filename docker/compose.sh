@@ -1,5 +1,6 @@
 #!/bin/bash
 # The container of `make up`, `make down`, `make shell`: docker/compose.example.yaml for people without compose.
+# IMAGE, WORK (folder), PORT, SSH_HOST_PORT choose others.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 docker=$(docker/engine.sh client)
@@ -7,7 +8,7 @@ image=${IMAGE:-dropforge}
 
 up() {
 	arguments=(--name dropforge --detach --restart unless-stopped --stop-timeout 150 --shm-size 1g
-		--publish "127.0.0.1:${PORT:-8888}:8888" --publish "127.0.0.1:${SSH_HOST_PORT:-2222}:22" --volume "$PWD/work:/workspace/work")
+		--publish "127.0.0.1:${PORT:-8888}:8888" --publish "127.0.0.1:${SSH_HOST_PORT:-2222}:22" --volume "${WORK:-$PWD/work}:/workspace/work")
 	if command -v nvidia-smi >/dev/null; then
 		arguments+=(--gpus all)
 	fi
@@ -37,7 +38,8 @@ down() {
 }
 
 shell() {
-	"$docker" exec -it dropforge dropforge-shell
+	terminal=$([[ ! -t 0 ]] || echo --tty)
+	"$docker" exec --interactive ${terminal:+"$terminal"} dropforge dropforge-shell
 }
 
 "$1"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dropforge.fast_scaling import average_weights as average_weights
     from dropforge.fast_scaling import scale_adapter as scale_adapter
     from dropforge.fast_state import model_report as model_report
-    from dropforge.fast_tokens import add_new_tokens as add_new_tokens
     from dropforge.hardware_dtypes import is_bfloat16_supported as is_bfloat16_supported
+    from dropforge.models.new_tokens import add_new_tokens as add_new_tokens
     from dropforge.trainers import DropforgeTrainer as DropforgeTrainer
     from dropforge.trainers import DropforgeTrainingArguments as DropforgeTrainingArguments
 
@@ -27,7 +27,7 @@ _LAZY = {
     "FastModel": "dropforge.fast_model",
     "DropforgeTrainer": "dropforge.trainers",
     "DropforgeTrainingArguments": "dropforge.trainers",
-    "add_new_tokens": "dropforge.fast_tokens",
+    "add_new_tokens": "dropforge.models.new_tokens",
     "average_models": "dropforge.fast_scaling",
     "average_weights": "dropforge.fast_scaling",
     "fix_untrained_tokens": "dropforge.fast_repairs",

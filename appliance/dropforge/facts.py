@@ -8,6 +8,9 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
+
+from dropforge_kernels.modules.model_shape import ModelShape, model_shape
 
 from dropforge.errors import DataError
 from dropforge.locate import Locate
@@ -28,6 +31,8 @@ class ModelFacts:
     embedding_shape: tuple[int, int] | None = None
     hidden_size: int | None = None
     num_layers: int | None = None
+    shape: ModelShape | None = None
+    """What the memory planner needs; None for models that are not decoders with a gated MLP."""
     on_disk: bool = False
     source: str
 
@@ -70,9 +75,17 @@ def model_facts(model: ModelSpec, *, folder: Path | None) -> ModelFacts:
         embedding_shape=(embedding[0], embedding[1]) if embedding else None,
         hidden_size=config.get("hidden_size"),
         num_layers=config.get("num_hidden_layers"),
+        shape=_shape(config),
         on_disk=True,
         source="the model's files",
     )
+
+
+def _shape(config: dict[str, Any]) -> ModelShape | None:
+    try:
+        return model_shape(config)
+    except ValueError:
+        return None
 
 
 def local_model_folder(model: ModelSpec, root: DataRoot) -> Path | None:

@@ -156,7 +156,7 @@ def _is_on(path: str, switches: Switches) -> bool:
 
 
 def lora_config(
-    targets: Targets, *, init_lora_weights: bool | str, loftq_config: Mapping[str, Any] | None, task_type: str,
+    targets: Targets, *, init_lora_weights: bool | str, loftq_config: Any, task_type: str | None,
     **fields: Any,
 ) -> LoraConfig:  # fmt: skip
     """PEFT's config. LoftQ starts from zero here: fast_loftq fills the matrices in when the model is quantised.

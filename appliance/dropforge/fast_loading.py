@@ -169,7 +169,7 @@ def _load_weights(
         # What a pre-quantised checkpoint computes in is written in it, and may be another type than this GPU's.
         for module in model.modules():
             if "compute_dtype" in vars(module):
-                module.compute_dtype = compute
+                vars(module)["compute_dtype"] = compute
     return model
 
 

@@ -27,7 +27,7 @@ class ModelState:
     full_finetuning: bool
     kernels: str
     compute_dtype: torch.dtype
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
     checkpointing: bool = False
     fp16_overflows: bool = False
     """The family's activations leave fp16's range, so a trainer must not compute in it."""

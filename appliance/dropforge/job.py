@@ -88,6 +88,7 @@ def train(
     import torch
 
     from dropforge.data import prepare_data
+    from dropforge.fast_step.kernels import kernels_in
     from dropforge.models.load import attach_adapter, load_model, save_trained
     from dropforge.models.plain_lora import initial_pairs
     from dropforge.models.tokenizer import load_tokenizer
@@ -110,17 +111,26 @@ def train(
     )  # fmt: skip
     stop.raise_if_requested()
     model = load_model(source, plan=plan, vocab_size=len(tokenizer))
-    model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.device == "cuda")
+    model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.gradient_checkpointing)
     initial = initial_pairs(model, init=spec.adapter.init_lora_weights)
     seconds["preparing"] = time.monotonic() - started
 
     log.state(State.TRAINING)
     store = CheckpointStore(run.checkpoints)
-    summary = recipe(spec.method)(
-        TrainingInputs(
-            spec=spec, plan=plan, model=model, tokenizer=tokenizer, data=data, store=store, log=log, stop=stop
+    with kernels_in(model, plan, log) as kernels:
+        summary = recipe(spec.method)(
+            TrainingInputs(
+                spec=spec,
+                plan=plan,
+                model=model,
+                tokenizer=tokenizer,
+                data=data,
+                store=store,
+                log=log,
+                stop=stop,
+                kernels=kernels,
+            )  # fmt: skip
         )
-    )
     seconds["training"] = summary.seconds
 
     temporary = run.path / f"{TEMPORARY_PREFIX}trained"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dropforge import __version__
 from dropforge.spec import Spec
@@ -44,6 +44,7 @@ def model_card(
     ]
     if summary["eval_loss"] is not None:
         lines.append(f"| evaluation loss (last) | {summary['eval_loss']:.4f} |")
+    lines += _engine(summary.get("engine"))
     lines += [f"| seed | {spec.train.seed} |", "", *_exports(exports)]
     lines += [
         "",
@@ -63,6 +64,18 @@ def _header(source: ModelSource, *, relation: str, license_name: str) -> list[st
     if re.fullmatch(r"[\w.+-]+", license_name):
         lines.append(f"license: {license_name}")
     return [*lines, "tags: [dropforge]", "---"]
+
+
+def _engine(engine: dict[str, Any] | None) -> list[str]:
+    """How the training ran, where the fast step did it."""
+    if not engine or not engine["buckets"]:
+        return []
+    captured = sum(bucket["way"] == "captured" for bucket in engine["buckets"])
+    return [
+        f"| packing | {engine['packing']} |",
+        f"| training step | {captured} of {len(engine['buckets'])} bucket shapes captured as CUDA graphs; "
+        f"{engine['steady_tokens_per_second']:,.0f} tokens/s |",
+    ]
 
 
 def _exports(exports: tuple[ExportReport, ...]) -> list[str]:

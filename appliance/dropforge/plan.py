@@ -11,6 +11,7 @@ from typing import Any
 
 from dropforge.facts import DataFacts, ModelFacts
 from dropforge.hardware import GIB, Hardware
+from dropforge.plan_memory import layer_plan, whole_bytes
 from dropforge.spec import Spec
 
 CHECKPOINTS_KEPT = 2
@@ -54,6 +55,8 @@ class Plan:
     trainable_parameters: int | None
     memory_needed: int | None
     memory_available: int
+    memory_lines: tuple[str, ...]
+    """What each layer keeps for its backward, in words; empty where the engine's layers do not run."""
     disk_needed: int | None
     disk_free: int
     kernels: str
@@ -72,10 +75,18 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
     weight_dtype, compute_dtype = _dtypes(spec, device)
     optim = _optimizer(spec, device, notes)
     trainable = _trainable(spec, model)
-    memory = _memory(spec, model, weight_dtype, trainable, optim, device)
     disk = _disk(spec, model, trainable, optim)
     available = max((gpu.memory_free for gpu in hardware.gpus), default=hardware.memory_available)
     budget = _token_budget(spec, device)
+    layers = None
+    if device == "cuda":
+        layers = layer_plan(
+            spec, model, weight_dtype=weight_dtype, optim=optim, tokens=budget, free=available,
+            host=hardware.memory_available,
+        )  # fmt: skip
+    memory = (
+        whole_bytes(layers, spec, model) if layers else _memory(spec, model, weight_dtype, trainable, optim, device)
+    )
     if device == "cpu":
         notes.append(f"training on the CPU: {hardware.gpu_note}")
         if spec.data.packing is True:
@@ -106,6 +117,7 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
         trainable_parameters=trainable,
         memory_needed=memory,
         memory_available=available,
+        memory_lines=tuple(layers.lines()) if layers else (),
         disk_needed=disk,
         disk_free=hardware.disk_free,
         kernels=_kernels(spec, device),
@@ -117,7 +129,9 @@ def make_plan(spec: Spec, *, hardware: Hardware, model: ModelFacts, data: DataFa
 def _kernels(spec: Spec, device: str) -> str:
     if device == "cpu":
         return "PyTorch's own"
-    packing = {True: "full buckets", False: "rows without padding"}.get(spec.data.packing, "packed where it pays")
+    packing = "packed where it pays"
+    if spec.data.packing != "auto":
+        packing = "packed into full buckets" if spec.data.packing else "rows without padding"
     return f"Dropforge's where the model allows, else PyTorch's; {packing}, steps captured as CUDA graphs"
 
 

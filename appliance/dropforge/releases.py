@@ -21,7 +21,7 @@ TRAIN_FIELDS = {
     "beta": "0.3", "loss_type": "0.3", "num_generations": "0.4",
     "max_prompt_length": "0.4", "max_completion_length": "0.4", "temperature": "0.4", "epsilon": "0.4",
 }  # fmt: skip
-FORMATS = {"preference": "0.3", "prompt": "0.4"}
+FORMATS = {"preference": "0.3", "unpaired_preference": "0.3", "prompt": "0.4"}
 CURRENT = "0.1"
 
 
@@ -34,8 +34,6 @@ def not_yet(spec: Spec) -> list[Problem]:
     asked += [("export", entry, _export_release(entry)) for entry in spec.export]
     if isinstance(spec.data.format, str):
         asked.append(("data.format", spec.data.format, FORMATS.get(spec.data.format, CURRENT)))
-    if spec.data.packing is True:
-        asked.append(("data.packing", "true", "0.2"))
     init = spec.adapter.init_lora_weights
     if init == "loftq" or (init in ("pissa", "olora") and spec.model.quantization != "none"):
         # They change the base weights; only of weights that are not quantised can that be undone exactly.

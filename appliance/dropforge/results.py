@@ -9,6 +9,8 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dropforge import __version__
+from dropforge.data.report import DATA_CARD, report_of
+from dropforge.data.report_text import data_card
 from dropforge.events import utc_now
 from dropforge.files import read_json, regular_files, sha256_file, write_json, write_text
 from dropforge.hardware import probe
@@ -60,9 +62,7 @@ def finish_result(
 
 def good_exports(result: ResultFolder) -> dict[str, ExportReport]:
     """Reports of exports that were verified earlier and are still there; a retry need not make them again."""
-    from dropforge.data.report import DATA_CARD, report_of
-from dropforge.data.report_text import data_card
-from dropforge.errors import Problem
+    from dropforge.errors import Problem
     from dropforge.export import ExportReport
 
     if not result.provenance.exists():

@@ -20,7 +20,9 @@ Method = Literal[
     "embedding", "reranker", "classifier", "vision", "tts", "stt",
 ]  # fmt: skip
 Quantization = Literal["none", "nf4", "int8", "fp8", "mxfp4"]
-DataFormat = Literal["auto", "messages", "sharegpt", "alpaca", "text", "prompt_completion", "preference", "prompt"]
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "text", "prompt_completion", "preference", "unpaired_preference", "prompt",
+]  # fmt: skip
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "warmup_stable_decay",

@@ -86,6 +86,8 @@ def as_config(args: Any, config: type) -> Any:
     if isinstance(args, config) or target <= {field.name for field in dataclasses.fields(args)}:
         return copy.copy(args)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and f.name in target}
+    if given.get("train_sampling_strategy") == "random":
+        del given["train_sampling_strategy"]  # the default; some losses need another
     made = config(**given)
     for name in (OURS, "precision_given"):
         setattr(made, name, getattr(args, name, None) or None)

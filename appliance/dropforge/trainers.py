@@ -16,8 +16,10 @@ from transformers import TrainingArguments as PlainTrainingArguments
 from dropforge.fast_modes import to_training
 from dropforge.fast_repairs import warn_of_untrained
 from dropforge.fast_state import state_of
+from dropforge.fast_step.trainer import FastOptions, FastStepMixin
 from dropforge.parameter_groups import EmbeddingRateMixin
 from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
+from dropforge.trainer_fast import fast_options
 from dropforge.trainer_records import check_same_run, find_checkpoint, write_record
 from dropforge.trainer_texts import encode_text, tokenised
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from dropforge.trainers_preference import ORPOTrainer as ORPOTrainer
 
 __all__ = ["DropforgeTrainer", "DropforgeTrainingArguments", "SFTConfig", "SFTTrainer", "Trainer",
-           "TrainingArguments", "encode_text"]  # fmt: skip
+           "TrainingArguments", "FastOptions", "encode_text"]  # fmt: skip
 _PREFERENCE = ("DPO", "KTO", "ORPO", "CPO")
 
 
@@ -57,12 +59,17 @@ class RunRecord:
 
     args: Any
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **others: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
         """As the trainer's own. Raises CommandError: api-no-checkpoint, api-other-run, before anything is loaded."""
         folder = find_checkpoint(resume_from_checkpoint, output_dir=self.args.output_dir)
         if folder is not None:
             check_same_run(folder, self)
-        return super().train(resume_from_checkpoint=str(folder) if folder else None, **others)  # type: ignore[misc]
+        return super().train(  # type: ignore[misc]
+            resume_from_checkpoint=str(folder) if folder else None, trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+        )  # fmt: skip
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -83,8 +90,12 @@ class Trainer(RunRecord, EmbeddingRateMixin, transformers.Trainer):
         super().__init__(model=model, args=fit_to_model(as_config(args, TrainingArguments), state), **others)
 
 
-class SFTTrainer(RunRecord, EmbeddingRateMixin, trl.SFTTrainer):
+class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
     """trl.SFTTrainer that also takes tokenizer, dataset_text_field, max_seq_length, packing and such.
+
+    fast: on a GPU, a model that this library loaded trains with the fast step (dropforge.fast_step): documents packed
+    without touching each other, steps captured as CUDA graphs, the optimizer over flat buffers; `report` says what it
+    did. False leaves TRL's own step, FastOptions sets its details.
 
     Raises CommandError api-argument for an argument nobody knows, or given in two places with two values;
     api-precision, api-embedding-rate, and when training goes on: api-no-checkpoint, api-other-run.
@@ -100,6 +111,7 @@ class SFTTrainer(RunRecord, EmbeddingRateMixin, trl.SFTTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         formatting_func: Any = None,
+        fast: FastOptions | bool = True,
         **others: Any,
     ) -> None:
         stay, moved = split_moved(trl.SFTTrainer, trl.SFTConfig, others)
@@ -112,9 +124,10 @@ class SFTTrainer(RunRecord, EmbeddingRateMixin, trl.SFTTrainer):
             train_dataset = tokenised(train_dataset, tokens, config)
             eval_dataset = tokenised(eval_dataset, tokens, config)
         trained = _trained_values(model)
+        options = fast_options(fast, config=config, model=model, dataset=train_dataset, state=state)
         super().__init__(
             model=model, args=config, processing_class=tokens, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            formatting_func=formatting_func, **stay,
+            formatting_func=formatting_func, fast=options, kernels=state.session if state else None, **stay,
         )  # fmt: skip
         # TRL rounds what is trained beside quantised weights to bf16, which loses small updates.
         for name, parameter in self.model.named_parameters():

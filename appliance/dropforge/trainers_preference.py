@@ -6,11 +6,13 @@ import warnings
 from typing import Any
 
 import trl
+from peft import PeftModel
 from transformers import TrainingArguments as PlainTrainingArguments
 
 from dropforge.fast_modes import to_training
 from dropforge.fast_state import state_of
 from dropforge.parameter_groups import EmbeddingRateMixin
+from dropforge.plain_head import add_plain_head
 from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
 from dropforge.trainers import RunRecord
 
@@ -60,6 +62,11 @@ class _Older(RunRecord, EmbeddingRateMixin):
             model=model, args=config, processing_class=processing_class or tokenizer or (state and state.tokenizer),
             **stay,
         )  # fmt: skip
+        if config.use_cpu:
+            own: Any = self
+            for made in (own.model, getattr(own, "ref_model", None)):
+                if made is not None:
+                    add_plain_head(made.get_base_model() if isinstance(made, PeftModel) else made)
 
 
 class DPOTrainer(_Older, trl.DPOTrainer):

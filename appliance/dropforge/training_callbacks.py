@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dropforge.errors import Reason, TrainingError
 from dropforge.events import RunLog
+from dropforge.fast_step.report import FastReport
 from dropforge.spec import EarlyStopping, TrainSpec
 from dropforge.stop import StopSignal
 
@@ -43,6 +44,8 @@ class JobCallback(TrainerCallback):
         self.train = train
         self.trained_tokens = trained_tokens
         self.clock = clock
+        self.speed: FastReport | None = None
+        """Rates of the fast step, for status and metrics; None, or without numbers, where it does not run."""
         self.stopped_for: Reason | None = None
         self._last_save = self._start_time = 0.0
         self._start_step, self._start_epoch = 0, 0.0
@@ -102,6 +105,9 @@ class JobCallback(TrainerCallback):
             "grad_norm": norm,
             "trained_tokens_per_second": round(epochs * self.trained_tokens / seconds, 1),
         }
+        if self.speed is not None and self.speed.tokens_per_second:
+            row["tokens_per_second"] = self.speed.steady_tokens_per_second
+            row["host_ms_per_micro_batch"] = self.speed.host_ms_per_micro_batch
         self.log.metrics(**row)
         self.log.progress(**row, eta_seconds=round((state.max_steps - state.global_step) * seconds / steps))
 

@@ -17,6 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from dropforge.checkpoints import CheckpointStore
 from dropforge.errors import JobStopped, Reason, TrainingError
 from dropforge.events import RunLog
+from dropforge.fast_step.obstacles import has_dropout
+from dropforge.fast_step.trainer import FastOptions, FastStepMixin
 from dropforge.parameter_groups import EmbeddingRateMixin
 from dropforge.plan import Plan
 from dropforge.spec import TrainSpec
@@ -25,11 +27,15 @@ from dropforge.training_callbacks import EarlyStopCallback, JobCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from dropforge_kernels.patch.session import Session
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def sft_config(train: TrainSpec, plan: Plan, *, output: Path, has_eval: bool) -> SFTConfig:
-    """Our resolved train section as TRL's arguments. The data set comes tokenised and labelled, so none prepares it."""
+def sft_config(train: TrainSpec, plan: Plan, *, output: Path, has_eval: bool, dropout: bool) -> SFTConfig:
+    """Our resolved train section as TRL's arguments. The data set comes tokenised and labelled, so none prepares it.
+
+    dropout: the model has some.
+    """
     return SFTConfig(
         output_dir=str(output),
         num_train_epochs=train.num_train_epochs or 1.0,
@@ -57,7 +63,9 @@ def sft_config(train: TrainSpec, plan: Plan, *, output: Path, has_eval: bool) ->
         packing=False,
         bf16=plan.compute_dtype == "bfloat16",
         use_cpu=plan.device == "cpu",
-        gradient_checkpointing=plan.device != "cpu",
+        gradient_checkpointing=plan.gradient_checkpointing,
+        # Without dropout nothing random is computed again, and asking for the random state would forbid CUDA graphs.
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": dropout},
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
@@ -65,7 +73,7 @@ def sft_config(train: TrainSpec, plan: Plan, *, output: Path, has_eval: bool) ->
     )
 
 
-class JobSFTTrainer(EmbeddingRateMixin, SFTTrainer):
+class JobSFTTrainer(FastStepMixin, EmbeddingRateMixin, SFTTrainer):
     """TRL's SFTTrainer whose checkpoints go through a CheckpointStore."""
 
     def __init__(self, *args: Any, store: CheckpointStore, **kwargs: Any) -> None:
@@ -108,16 +116,21 @@ class TrainingSummary:
     eval_loss: float | None
     seconds: float
     resumed_from_step: int | None
+    engine: dict[str, Any] | None = None
+    """What the fast step did (fast_step.report), with the kernels' report; None on a CPU."""
 
 
 def train_sft(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, train: TrainSpec, plan: Plan, dataset: Dataset,
     eval_dataset: Dataset | None, trained_tokens: int, store: CheckpointStore, log: RunLog, stop: StopSignal,
+    packing: str | bool = "auto", kernels: Session | None = None,
 ) -> TrainingSummary:  # fmt: skip
     """Run supervised fine-tuning to its end, from the newest good checkpoint of `store` when there is one.
 
+    packing: of the spec's data section; only a GPU packs. kernels: the session that swapped the model's operations.
+
     Raises:
-        TrainingError: NaN loss, out of memory.
+        TrainingError: NaN loss, out of memory, a checkpoint of another packing order.
         JobStopped: a stop was asked for; the checkpoint was written first unless the request said not to.
     """
     store.clean()
@@ -126,7 +139,9 @@ def train_sft(
         log.event("checkpoint_skipped", why=text)
     callback = JobCallback(log=log, stop=stop, train=train, trained_tokens=trained_tokens)
     early = EarlyStopCallback(train.early_stopping, store.folder / "best.safetensors", log)
-    config: Any = sft_config(train, plan, output=store.partial, has_eval=eval_dataset is not None)
+    config: Any = sft_config(
+        train, plan, output=store.partial, has_eval=eval_dataset is not None, dropout=has_dropout(model)
+    )
     config.embedding_learning_rate = train.embedding_learning_rate
     trainer = JobSFTTrainer(
         model=model,
@@ -136,7 +151,10 @@ def train_sft(
         processing_class=tokenizer,
         callbacks=[callback, early],
         store=store,
+        fast=FastOptions(packing=packing, budget=plan.token_budget) if plan.token_budget else None,
+        kernels=kernels,
     )
+    callback.speed = trainer.report
     trainer.remove_callback(PrinterCallback)  # it prints every metric; metrics.jsonl has them
     if checkpoint:
         log.event("resume", step=checkpoint.step)
@@ -149,6 +167,11 @@ def train_sft(
             f"stopped at step {trainer.state.global_step}", code="job-stopped", reason=callback.stopped_for
         )
     early.restore_best(model)
+    engine = None
+    if plan.token_budget:
+        for line in trainer.report.lines():
+            log.event("engine", text=line)
+        engine = trainer.report.as_dict() | {"kernels": kernels.report.lines() if kernels else []}
     evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return TrainingSummary(
         steps=trainer.state.global_step,
@@ -157,6 +180,7 @@ def train_sft(
         eval_loss=evaluations[-1] if evaluations else None,
         seconds=round(output.metrics["train_runtime"], 2),
         resumed_from_step=checkpoint.step if checkpoint else None,
+        engine=engine,
     )
 
 

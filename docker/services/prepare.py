@@ -87,13 +87,15 @@ def on_mount(folder: Path) -> bool:
 
 def gpus(env: Mapping[str, str], data: Path) -> int:
     """How many GPUs there are. Raises RefusedError when there must be one and is none."""
+    from dropforge.doctor.driver import ask_nvidia_smi, no_gpu
     from dropforge.hardware import probe
 
     hardware = probe(data)
     if not hardware.gpus and env.get("DROPFORGE_DEVICE", "auto") != "cpu":
+        found = no_gpu(ask_nvidia_smi())
         raise RefusedError(
-            f"there is no usable GPU: {hardware.gpu_note}. Start with `docker run --gpus all` (which needs the NVIDIA "
-            "driver and the NVIDIA Container Toolkit on the host), or ask for the CPU with -e DROPFORGE_DEVICE=cpu"
+            f"there is no usable GPU: {found.what.removeprefix('GPU: ')}\n  fix: {found.fix}\n"
+            "  or:  ask for the CPU with -e DROPFORGE_DEVICE=cpu, which suits tiny models"
         )
     return len(hardware.gpus)
 

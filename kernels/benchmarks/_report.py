@@ -1,4 +1,4 @@
-"""What is made of a results file: a text table, the tables of docs/reference/kernels.md, and a plot."""
+"""What is made of a results file: a text table and plots; the tables of the documentation are in ``_tables``."""
 
 from __future__ import annotations
 
@@ -6,62 +6,40 @@ import csv
 from pathlib import Path
 from statistics import median
 
-LARGE = "16384"
-SHAPE = "llama-8b"  # of the plot
+SHAPE = "llama-8b"  # of the plots
 PEERS = ("copy", "torch", "compile", "liger", "unsloth")
+LOSSES = ("cross_entropy", "linear_cross_entropy", "linear_logprobs", "grpo_loss")
+
+Rows = list[dict[str, str]]
+Cases = dict[tuple[str, ...], dict[str, Rows]]
+"""Rows by (op, direction, shape, tokens), then provider; a provider that ran twice (A-B-A) has two."""
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> Rows:
+    """The rows of a results file."""
     with path.open() as file:
         return list(csv.DictReader(file))
 
 
-def _cases(rows: list[dict[str, str]]) -> dict[tuple[str, ...], dict[str, list[dict[str, str]]]]:
-    """Rows by (op, direction, shape, tokens), then provider; a provider that ran twice (A-B-A) has two rows."""
-    cases: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
-    for row in rows:
+def cases(path: Path) -> Cases:
+    """The rows of a results file, in its order."""
+    found: Cases = {}
+    for row in read(path):
         key = (row["op"], row["direction"], row["shape"], row["tokens"])
-        cases.setdefault(key, {}).setdefault(row["provider"], []).append(row)
-    return cases
+        found.setdefault(key, {}).setdefault(row["provider"], []).append(row)
+    return found
 
 
-def _time(rows: list[dict[str, str]] | None) -> float | None:
+def time_of(rows: Rows | None) -> float | None:
     """Median GPU time over the runs of one provider, in microseconds."""
     times = [float(r["gpu_us"]) for r in rows or () if r["status"] == "ok"]
     return median(times) if times else None
 
 
-def _share(rows: list[dict[str, str]]) -> float | None:
-    """Median share of the copy speed, or of the matrix product's rate."""
-    shares = [float(r["share_of_copy"] or r["share_of_product"]) for r in rows if r["status"] == "ok"]
-    return median(shares) if shares else None
-
-
-def markdown(path: Path) -> str:
-    """One table per kind: memory-bound operations at 16,384 tokens against the peers, and the attention backends."""
-    head = ["operation", "direction", "shapes", "us", "share of copy", *(f"{p}, times ours" for p in PEERS)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    attention = []
-    for (op, direction, shape, tokens), found in _cases(_rows(path)).items():
-        ours = found.get("ours", [])
-        time, share = _time(ours), _share(ours) if ours else None
-        if time is None or share is None:
-            continue
-        if op.startswith("attention"):
-            others = ", ".join(f"{p} {_time(r):,.0f}" for p, r in found.items() if p != "ours" and _time(r))
-            attention.append(
-                f"| {op.removeprefix('attention ')} | {direction} | {shape} | {time:,.0f} | {share:.2f} | {others} |"
-            )
-        elif tokens == LARGE:
-            ratios = [_time(found.get(p)) for p in PEERS]
-            cells = [f"{r / time:.2f}" if r else "" for r in ratios]
-            lines.append("| " + " | ".join([op, direction, shape, f"{time:,.1f}", f"{share:.2f}", *cells]) + " |")
-    header = [
-        "",
-        "| case | direction | shapes | us | share of product | each backend, us |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join(lines + header + attention)
+def share_of(rows: Rows) -> float:
+    """Median share of the copy speed, or of the matrix product's rate; 0 without a yardstick or a time."""
+    shares = [float(r["share_of_copy"] or r["share_of_product"] or 0) for r in rows if r["status"] == "ok"]
+    return median(shares) if shares else 0.0
 
 
 def table(path: Path) -> str:
@@ -69,11 +47,11 @@ def table(path: Path) -> str:
 
     Where a process ran twice (A-B-A), the first run is shown.
     """
-    rows = _rows(path)
+    rows = read(path)
     providers = list(dict.fromkeys(r["provider"] for r in rows))
-    cases = {key: {p: r[0] for p, r in found.items()} for key, found in _cases(rows).items()}
+    firsts = {key: {p: r[0] for p, r in found.items()} for key, found in cases(path).items()}
     lines = ["op direction shape tokens | share | " + " ".join(f"{p}(gpu/host us)" for p in providers)]
-    for key, found in cases.items():
+    for key, found in firsts.items():
         ours = found.get("ours", {})
         share = ours.get("share_of_copy") or ours.get("share_of_product") or ours.get("status", "-")
         cells = [f"{found[p]['gpu_us']}/{found[p]['host_us']}" if p in found else "-" for p in providers]
@@ -81,39 +59,56 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def plot(path: Path) -> Path:
-    """Draws share of the ceiling over tokens, one panel per operation and direction (Llama-8B shapes), beside the
-    CSV.
+def plots(path: Path) -> list[Path]:
+    """Share of the ceiling over tokens beside the CSV: one picture of the elementwise and normalising operations
+    (Llama-8B shapes), one of the losses (every model).
     """
+    rows = [r for r in read(path) if r["status"] == "ok" and r["provider"] not in ("copy", "gemm")]
+    small = [r for r in rows if r["shape"] == SHAPE and not r["op"].startswith(("attention", *LOSSES, "nf4"))]
+    losses = [r for r in rows if r["op"] in LOSSES]
+    return [
+        _panels(path.with_suffix(".png"), small, ("op", "direction")),
+        _panels(path.with_name(f"{path.stem}-losses.png"), losses, ("op", "direction", "shape")),
+    ]
+
+
+def _panels(target: Path, rows: Rows, by: tuple[str, ...]) -> Path:
+    """One panel per value of the columns ``by``, one line per provider."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [
-        r for r in _rows(path) if r["status"] == "ok" and r["shape"] == SHAPE and not r["op"].startswith("attention")
-    ]
-    panels = list(dict.fromkeys((r["op"], r["direction"]) for r in rows))
+    panels = list(dict.fromkeys(tuple(r[name] for name in by) for r in rows))
+    providers = [p for p in ("ours", *PEERS) if any(r["provider"] == p for r in rows)]
     columns = 4
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, figsize=(16, 3 * -(-len(panels) // columns)), squeeze=False
-    )
+    lines = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(16, 3 * lines), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for provider in dict.fromkeys(r["provider"] for r in rows):
-            points = {
-                int(r["tokens"]): float(r["share_of_copy"] or r["share_of_product"])
-                for r in rows
-                if (r["op"], r["direction"]) == panel and r["provider"] == provider
-            }
+        mine = [r for r in rows if tuple(r[name] for name in by) == panel]
+        for provider in providers:
+            points: dict[int, Rows] = {}
+            for row in mine:
+                if row["provider"] == provider:
+                    points.setdefault(int(row["tokens"]), []).append(row)
             if points:
-                axis.plot(sorted(points), [points[t] for t in sorted(points)], marker="o", label=provider)
+                shares = [share_of(points[t]) for t in sorted(points)]
+                color = f"C{('ours', *PEERS).index(provider)}"
+                axis.plot(sorted(points), shares, marker="o", label=provider, color=color)
         axis.axhline(0.85, color="grey", linewidth=0.8, linestyle="--")
-        axis.set(title=" ".join(panel), xscale="log", ylim=(0, 1.1), xlabel="tokens", ylabel="share of copy or product")
-        axis.legend(fontsize=7)
+        unit = "copy" if mine[0]["share_of_copy"] else "product"
+        axis.set(xscale="log", ylim=(0, 1.1), ylabel=f"share of {unit}")
+        axis.set_title(" ".join(panel), fontsize=9)
+        tokens = sorted({int(r["tokens"]) for r in mine})
+        axis.set_xticks(tokens, [f"{t // 1024}K" for t in tokens])
+        axis.minorticks_off()
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}, {SHAPE} shapes")
-    figure.tight_layout()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=90)
+    colors = [f"C{('ours', *PEERS).index(p)}" for p in providers]
+    handles = [pyplot.Line2D([], [], marker="o", color=c, label=p) for c, p in zip(colors, providers, strict=True)]
+    figure.legend(handles=handles, loc="upper right", ncols=len(providers))
+    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}; tokens below", x=0.3)
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.savefig(target, dpi=70)
+    pyplot.close(figure)
     return target

@@ -1,7 +1,8 @@
 """Measures the operations against torch, torch.compile, Liger and Unsloth, and writes one CSV and one plot.
 
     PYTHONPATH=kernels python kernels/benchmarks/runner.py run --out DIR [--ops rms_norm,rope] [--engines base,liger]
-    python kernels/benchmarks/runner.py plot DIR/FILE.csv
+    python kernels/benchmarks/runner.py plot DIR/FILE.csv     # pictures beside the file
+    python kernels/benchmarks/runner.py docs DIR/FILE.csv     # the tables of the two results pages
 
 Each file beside this one has ``cases(engines)``, a generator of ``Case``. Every engine runs in its own process
 ("base" = ours, torch and torch.compile; each peer alone; "again" = ours once more, last, so that a drift of the machine
@@ -299,9 +300,9 @@ def run(engines: Iterable[str], ops: list[str], commit: str, out: Path, limit_s:
 
 
 def main() -> None:
-    """Command line: run, child (used by run), table, markdown, plot."""
+    """Command line: run, child (used by run), warm, table, docs, plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "child", "warm", "table", "markdown", "plot"))
+    parser.add_argument("command", choices=("run", "child", "warm", "table", "docs", "plot"))
     parser.add_argument("csv", nargs="?", type=Path)
     parser.add_argument("--engines", default="base,liger,unsloth,again")
     parser.add_argument("--ops", default="")
@@ -321,12 +322,15 @@ def main() -> None:
     elif args.command == "run":
         path = run(args.engines.split(","), ops, args.commit, args.out, args.limit_s)
         print(_report.table(path))
-    elif args.command == "markdown":
-        print(_report.markdown(args.csv))
+    elif args.command == "docs":
+        import _tables
+
+        for page in _tables.PAGES:
+            page.write_text(_tables.fill(page.read_text(), args.csv))
     elif args.command == "table":
         print(_report.table(args.csv))
     else:
-        print(_report.plot(args.csv))
+        print(*_report.plots(args.csv), sep="\n")
 
 
 if __name__ == "__main__":

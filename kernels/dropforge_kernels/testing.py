@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -269,7 +270,7 @@ def interpreted_loops() -> Iterator[None]:
 
     original = interpreter._patch_lang_tensor
 
-    def with_item(tensor, scope):
+    def with_item(tensor: object, scope: Any) -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 

@@ -59,8 +59,10 @@ def large_batch(tmp_path_factory):
         return weights_of(model), losses_of(trainer)
 
 
-@pytest.mark.parametrize(("micro", "steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (5, 3)])
-@pytest.mark.parametrize("kernels", ["off", "required"])
+@pytest.mark.parametrize(
+    ("micro", "steps", "kernels"),
+    [(1, 12, "off"), (1, 12, "required"), (3, 4, "off"), (4, 3, "required"), (5, 3, "off"), (5, 3, "required")],
+)
 def test_any_split_of_a_batch_is_the_same_step(large_batch, micro, steps, kernels):
     """Plain gradient descent, so that a wrong scale of the gradient shows; 5 x 3 rows must differ from 12."""
     model, tokenizer = prepared(kernels=kernels)
@@ -202,7 +204,7 @@ def test_a_plain_script_ports_by_its_import_lines():
 
     folder = resolve_model(ModelSpec(id="builtin:tiny-llama"), root=DataRoot(settings().data_root)).path
     losses = []
-    for SFTConfig, SFTTrainer in ((trl.SFTConfig, trl.SFTTrainer), (trainers.SFTConfig, trainers.SFTTrainer)):  # noqa: N806
+    for SFTConfig, SFTTrainer in ((trl.SFTConfig, trl.SFTTrainer), (trainers.SFTConfig, trainers.SFTTrainer)):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -213,7 +215,9 @@ def test_a_plain_script_ports_by_its_import_lines():
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": texts, "labels": texts}),
             peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
-            args=SFTConfig(**ARGUMENTS, max_steps=3, max_length=64, use_cpu=True, bf16=False, gradient_checkpointing=False),
+            args=SFTConfig(
+                **ARGUMENTS, max_steps=3, max_length=64, use_cpu=True, bf16=False, gradient_checkpointing=False
+            ),
         )
         if SFTTrainer is trl.SFTTrainer:
             # TRL's fused head is a Triton kernel; its value on a CPU is the model's own loss.

@@ -45,7 +45,7 @@ def test_a_forced_format_wins_over_detection():
 
 def test_preference_and_prompts_say_that_they_come_later():
     for fields in ({"chosen": "a", "rejected": "b", "prompt": "p"}, {"prompt": "p"}):
-        with pytest.raises(DataError, match="this release cannot train on"):
+        with pytest.raises(DataError, match="from which answers cannot be learnt"):
             detect([fields], file="a")
 
 

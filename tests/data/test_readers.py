@@ -7,6 +7,7 @@ import datetime
 import gzip
 import json
 import lzma
+import zipfile
 
 import pandas as pd
 import pytest
@@ -25,6 +26,16 @@ NESTED = {
 }
 
 
+def _write_arrow(path, rows):
+    """`.arrow` as the datasets library writes it (a stream), `.feather` as a file with an index."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    make = pa.ipc.new_stream if path.suffix == ".arrow" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
 def _write(bench, kind, rows):
     path = bench.folder / f"data.{kind}"
     if kind in ("jsonl", "ndjson"):
@@ -33,6 +44,8 @@ def _write(bench, kind, rows):
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif kind == "parquet":
         pd.DataFrame(rows).to_parquet(path)
+    elif kind in ("arrow", "feather"):
+        _write_arrow(path, rows)
     elif kind in ("xlsx", "xlsm"):
         pd.DataFrame(rows).to_excel(path, index=False, engine="openpyxl")
     else:
@@ -40,8 +53,8 @@ def _write(bench, kind, rows):
     return path.name
 
 
-FLAT_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "xlsx", "xlsm", "parquet")
-NESTED_KINDS = ("jsonl", "ndjson", "json", "parquet")
+FLAT_KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "xlsx", "xlsm", "parquet", "arrow", "feather")
+NESTED_KINDS = ("jsonl", "ndjson", "json", "parquet", "arrow", "feather")
 
 
 @pytest.mark.parametrize("kind", FLAT_KINDS)
@@ -82,7 +95,7 @@ def test_a_text_file_is_one_document_cut_without_loss(bench, suffix):
 
 
 def test_every_reader_is_covered_above():
-    assert {suffix[1:] for suffix in READERS} == {*FLAT_KINDS, "txt", "md"}
+    assert {suffix[1:] for suffix in READERS} == {*FLAT_KINDS, "txt", "md", "epub"}
 
 
 @pytest.mark.parametrize(("suffix", "module"), ((".gz", gzip), (".bz2", bz2), (".xz", lzma)))
@@ -175,3 +188,55 @@ def test_unknown_type(bench):
         rows(bench, "old.xls")
     assert caught.value.code == "data-type-unknown"
     assert caught.value.problems[0].fix == "save it as .xlsx"
+
+
+CONTAINER = (
+    '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+    '<rootfile full-path="OPS/book.opf"/></rootfiles></container>'
+)
+PACKAGE = (
+    '<package xmlns="http://www.idpf.org/2007/opf"><manifest>'
+    '<item id="b" href="two.xhtml" media-type="application/xhtml+xml"/>'
+    '<item id="a" href="one%20a.xhtml" media-type="application/xhtml+xml"/>'
+    '<item id="c" href="cover.png" media-type="image/png"/></manifest>'
+    '<spine><itemref idref="c"/><itemref idref="a"/><itemref idref="b"/></spine></package>'
+)
+
+
+def write_epub(path, chapters, container=CONTAINER):
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr("META-INF/container.xml", container)
+        book.writestr("OPS/book.opf", PACKAGE)
+        for name, text in chapters.items():
+            book.writestr(f"OPS/{name}", text)
+
+
+def test_an_epub_gives_its_chapters_in_reading_order(bench):
+    one = "<html><head><title>no</title></head><body><h1>One</h1><p>The sea\n was <i>calm</i>&#33;</p><p>Yes.</p></body></html>"
+    write_epub(bench.folder / "book.epub", {"one a.xhtml": one, "two.xhtml": "<p>The end.</p><script>no()</script>"})
+    rows = list(read_rows(bench.folder / "book.epub", file="book.epub", warn=print))
+    assert [row.fields["text"] for row in rows] == ["One\n\nThe sea was calm!\n\nYes.", "The end."]
+    assert [(row.number, row.fields["chapter"]) for row in rows] == [(1, "OPS/one a.xhtml"), (2, "OPS/two.xhtml")]
+    assert bench.prepare("book.epub").report.format == "text"
+
+
+@pytest.mark.parametrize(
+    "container", ["<container/>", "<!DOCTYPE x [<!ENTITY a 'aa'>]><container/>", "<container", CONTAINER]
+)
+def test_a_broken_epub_is_named(bench, container):
+    path = bench.folder / "book.epub"
+    write_epub(path, {}, container=container)  # the last one names chapters that are not there
+    with pytest.raises(DataError) as caught:
+        list(read_rows(path, file="book.epub", warn=print))
+    assert (caught.value.code, caught.value.problems[0].where) == ("data-parse", "book.epub")
+
+
+def test_a_hub_id_with_a_split_expression(bench, monkeypatch, tmp_path):
+    """The datasets library reads a folder named like the id, as it would read the hub's."""
+    hub = tmp_path / "hub" / "org" / "set"
+    hub.mkdir(parents=True)
+    (hub / "train.jsonl").write_text("".join(json.dumps(FLAT["alpaca"] | {"input": str(i)}) + "\n" for i in range(10)))
+    monkeypatch.chdir(tmp_path / "hub")
+    data = bench.prepare([{"path": "org/set", "split": "train[2:5]"}])
+    assert data.report.rows == 3 and data.report.files[0].path == "org/set (train[2:5])"
+    assert "\n2<|im_end|>" in bench.tokenizer.decode(data.train[0]["input_ids"])

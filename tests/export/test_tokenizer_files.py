@@ -6,8 +6,9 @@ import json
 
 import pytest
 from dropforge.errors import ExportError
+from dropforge.export.chat_format import GUARD
 from dropforge.export.probes import TEXTS
-from dropforge.export.stage import GUARD, Stage
+from dropforge.export.stage import Stage
 from dropforge.export.tokenizer_files import is_sentencepiece, space_prefix, write_tokenizer
 from dropforge.export.verify_gguf import verify_gguf
 from export_harness import copy, edit_json

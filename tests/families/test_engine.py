@@ -50,8 +50,9 @@ def engine_of(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keep", ["keep", "keep_attention", "recompute"])
+@pytest.mark.parametrize("keep", ["keep", "keep_attention", "recompute", "offload_output"])
 def test_loss_and_every_gradient(family, keep, tiny, batch):
+    from dropforge_kernels.modules.offload import HostStore
     from dropforge_kernels.modules.policy import Keep
 
     model = adapted(tiny(family))
@@ -59,7 +60,8 @@ def test_loss_and_every_gradient(family, keep, tiny, batch):
     assert len(want[1]) >= 2 * 4 * 2
     session, engine = engine_of(model)
     try:
-        engine.set_policies([Keep(keep)] * 2, mlp_tile=5 if keep == "recompute" else None)
+        store = HostStore() if Keep(keep).on_host else None
+        engine.set_policies([Keep(keep)] * 2, mlp_tile=5 if keep == "recompute" else None, store=store)
         assert_same(step(model, batch), want)
         whole = {key: value[:1] for key, value in batch.items() if key != "attention_mask"}
         without_padding = step(model, whole)
@@ -209,16 +211,21 @@ def test_two_forwards_before_two_backwards(tiny, batch):
     assert_same(got, step(model, batch, num_items_in_batch=items))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_kernels_of_a_packed_step(family, tiny, batch):
+@pytest.mark.parametrize(
+    ("family", "keep"), [("llama", "keep"), ("llama", "keep_output"), ("qwen3", "offload_output"), ("gemma2", "keep")]
+)
+def test_kernels_of_a_packed_step(family, keep, tiny, batch):
     """The same through the Triton kernels, in their interpreter where there is no GPU."""
     from dropforge_kernels.dispatch import Backend, forced
+    from dropforge_kernels.modules.offload import HostStore
+    from dropforge_kernels.modules.policy import Keep
 
     model = adapted(tiny(family))
     packed, _ = packed_batch(batch)
-    session, _ = engine_of(model)
+    session, engine = engine_of(model)
     items = torch.tensor(12)
     want = step(model, packed, num_items_in_batch=items)
+    engine.set_policies([Keep(keep)] * 2, store=HostStore())
     with forced(Backend.TRITON):
         got = step(model, packed, num_items_in_batch=items)
     session.close()

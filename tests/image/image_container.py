@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 IMAGE = os.environ.get("DROPFORGE_TEST_IMAGE", "dropforge:cpu")
+DEVICE = {"DROPFORGE_DEVICE": os.environ["DROPFORGE_TEST_DEVICE"]} if "DROPFORGE_TEST_DEVICE" in os.environ else {}
+"""To test an image for GPUs on a machine without one: DROPFORGE_TEST_DEVICE=cpu."""
 READY = "=" * 74
 ENGINE = Path(__file__).parents[2] / "docker" / "engine.sh"
 
@@ -56,14 +58,15 @@ class Container:
     ) -> Container:  # fmt: skip
         """docker run -d; with `ready`, wait for the ready block. Variables go by name, so that values are taken as is."""
         began = time.monotonic()
+        env = {**DEVICE, **(env or {})}
         words = ["run", "--detach", "--label", label, "--publish", "127.0.0.1::8888", "--publish", "127.0.0.1::22"]
         if mount:
             words += ["--volume", f"{work}:/workspace/work"]
-        for name in env or {}:
+        for name in env:
             words += ["--env", name]
         done = subprocess.run(
             [client(), *words, *arguments, IMAGE, *command],
-            capture_output=True, text=True, timeout=120, env={**os.environ, **(env or {})}, check=False,
+            capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         container = cls(done.stdout.strip(), work)

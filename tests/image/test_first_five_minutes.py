@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from image_container import READY, docker
+from image_container import DEVICE, IMAGE, READY, docker
 from image_jupyter import Browser
 
 ROOT = Path(__file__).parents[2]
@@ -74,3 +74,34 @@ def test_the_line_of_the_readme_works_as_written(tmp_path: Path, docker_path: st
         if left:
             docker("rm", "--force", *left)
     assert (tmp_path / "work" / "inbox").is_dir()
+
+
+def test_make_up_shell_and_down(tmp_path: Path) -> None:
+    """What the page's last line promises, on other ports and another folder."""
+    env = {
+        **os.environ,
+        "IMAGE": IMAGE,
+        "WORK": str(tmp_path / "work"),
+        "PORT": "18888",
+        "SSH_HOST_PORT": "12222",
+        **DEVICE,
+    }
+
+    def make(target: str, said: str = "") -> str:
+        done = subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, env=env, input=said, text=True,
+                              capture_output=True, timeout=120, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        assert make("up").startswith("=== Dropforge is ready")
+        assert make("shell", "id -un; cd work; pwd; ls -d inbox\n").splitlines()[-3:] == [
+            "dropforge",
+            "/workspace/work",
+            "inbox",
+        ]
+        make("down")
+        assert "dropforge" not in docker("ps", "-a", "--format", "{{.Names}}").stdout.split()
+        assert (tmp_path / "work" / "inbox").is_dir()
+    finally:
+        docker("rm", "--force", "dropforge", check=False)

@@ -146,15 +146,14 @@ def test_a_daemon_that_hangs_is_seen(victim: Container) -> None:
     until(20, "healthy again", lambda: victim.health()[0] == 0)
 
 
-def test_a_drained_daemon_stays_down_until_the_container_starts_again(start: Callable[..., Container]) -> None:
-    container = start()
-    (container.work / "control" / "drain").touch()
-    until(30, "drained", lambda: "exited: daemon (exit status 0; expected)" in container.logs())
-    status, text = container.health()
+def test_a_drained_daemon_stays_down_until_the_container_starts_again(victim: Container) -> None:
+    (victim.work / "control" / "drain").touch()
+    until(30, "drained", lambda: "exited: daemon (exit status 0; expected)" in victim.logs())
+    status, text = victim.health()
     assert status == 1 and "daemon is EXITED" in text and "after a drain it stays down" in text
-    docker("restart", "--time", "30", container.id)
-    container.wait_ready(times=2)
-    assert container.health() == (0, "healthy\n")
+    docker("restart", "--time", "30", victim.id)
+    victim.wait_ready(times=2)
+    assert victim.health() == (0, "healthy\n")
 
 
 def test_a_service_that_cannot_be_kept_up_ends_the_container(start: Callable[..., Container], ssh_key: Path) -> None:

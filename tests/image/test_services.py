@@ -175,10 +175,18 @@ def test_a_notebook_cell_runs_and_finds_the_library(browser: Browser) -> None:
     assert said.splitlines() == [f"21 {OWNER} /workspace/work/home /run/dropforge/secrets/HF_TOKEN", "[]"]
 
 
-def test_notebooks_are_in_place_and_kept(running: Container, browser: Browser) -> None:
-    notebook = browser.api("/api/contents/notebooks/first-job.ipynb")
-    assert any("dropforge submit" in "".join(cell["source"]) for cell in notebook["content"]["cells"])
+def test_notebooks_are_in_place_and_run(running: Container, browser: Browser) -> None:
+    """Every cell of the sample, in order, on a job with six steps instead of its own."""
     assert (running.work / "notebooks" / "first-job.ipynb").exists()
+    notebook = browser.api("/api/contents/notebooks/first-job.ipynb")
+    cells = ["".join(cell["source"]) for cell in notebook["content"]["cells"] if cell["cell_type"] == "code"]
+    short = running.work / "home" / "short"
+    short.mkdir()
+    (short / "job.yaml").write_text(SMALL_JOB.replace("name: small", "name: elements"))
+    shutil.copy(EXAMPLE / "elements.jsonl", short)
+    said = browser.run_cell("\n".join([cells[0], "examples = Path('/workspace/work/home/short')", *cells[1:]]))
+    assert "version: 1" in said and "succeeded" in said and "Traceback" not in said
+    assert list((running.work / "results" / "elements").rglob("*.gguf"))
 
 
 def test_the_terminal_is_a_login_shell_with_the_command(browser: Browser) -> None:

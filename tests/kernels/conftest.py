@@ -37,12 +37,6 @@ def loops_in_the_interpreter() -> Iterator[None]:
         yield
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Lets two warnings of torch 2.11's own compiler pass: 2.13 has neither."""
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.*is deprecated:DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked gpu where there is no CUDA device."""
     if HAS_CUDA:

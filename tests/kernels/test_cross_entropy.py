@@ -118,7 +118,9 @@ def test_rows_shared_by_programs_equal_rows_of_one(device, dtype, rule):
         results.append((nll, lse, entropy, own))
     for plain, shared in zip(*results, strict=True):
         limit = 2e-3 if shared.dtype is torch.float16 else 2e-5
-        torch.testing.assert_close(shared, plain, equal_nan=True, rtol=limit, atol=limit)
+        # The entropy is a small difference of two numbers as large as lse: some rounding steps of those.
+        rounding = 1e-6 * float(results[0][1].nan_to_num().abs().max())
+        torch.testing.assert_close(shared, plain, equal_nan=True, rtol=limit, atol=limit + rounding)
 
 
 def test_nothing_counted_gives_zero_loss_and_zero_gradient(device):

@@ -21,8 +21,9 @@ def tensors(device: str, count: int = 5) -> list[torch.Tensor]:
     return [torch.randn(100 + i, 64, device=device).to(torch.bfloat16) for i in range(count)]
 
 
-def test_reverse_order_gives_the_same_bits(device):
-    store, originals = HostStore(), tensors(device)
+@pytest.mark.parametrize("depth", [1, 2, 9])
+def test_reverse_order_gives_the_same_bits(device, depth):
+    store, originals = HostStore(depth=depth), tensors(device)
     for _ in range(3):  # the slabs are used again by the next step
         store.clear()
         tickets = [store.put(x.clone()) for x in originals]
@@ -37,6 +38,19 @@ def test_any_order_works(device):
     tickets = [store.put(x.clone()) for x in originals]
     for i in (1, 4, 2, 0, 3):
         assert torch.equal(store.get(tickets[i]), originals[i])
+
+
+def test_no_more_tensors_stay_than_the_depth(device):
+    store, originals = HostStore(depth=2), tensors(device, 6)
+    tickets = [store.put(x) for x in originals]
+    assert sorted(store._here) == [4, 5]
+    store.get(tickets[5])
+    assert sorted(store._here) == [3, 4]
+    store.get(tickets[4])
+    store.get(tickets[3])
+    assert sorted(store._here) == [1, 2]
+    store.clear()
+    assert store._here == {}
 
 
 def test_a_tensor_may_lie_across_slabs(device):
@@ -147,8 +161,9 @@ def test_copies_overlap_with_computing():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_capture_in_a_cuda_graph():
-    store = HostStore()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_capture_in_a_cuda_graph(depth):
+    store = HostStore(depth=depth)
     x = torch.zeros(3, 1024, device="cuda")
     out = torch.zeros(3, 1024, device="cuda")
 

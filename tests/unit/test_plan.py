@@ -13,6 +13,7 @@ from dropforge.locate import data_locator
 from dropforge.paths import DataRoot
 from dropforge.plan import make_plan
 from dropforge.spec_check import check
+from dropforge_kernels.modules.model_shape import ModelShape
 
 CPU = Hardware(
     cpu_cores=2, memory_total=8 * GIB, memory_available=6 * GIB, disk_free=50 * GIB, gpus=(), gpu_note="no driver"
@@ -117,3 +118,20 @@ def test_rows_are_counted_without_reading_them_into_memory(tmp_path, name, text,
 def test_a_missing_file_is_named_not_raised(tmp_path):
     root = DataRoot(tmp_path).create()
     assert data_facts(spec().data, data_locator(root)).missing == ("t.jsonl",)
+
+
+def test_layers_are_planned_for_lora_on_a_gpu_whose_model_is_known():
+    shape = ModelShape(layers=32, hidden=4096, intermediate=14336, queries=4096, keys=1024, heads=32, vocabulary=128256)
+    facts = replace(FACTS, parameters=8_030_000_000, hidden_size=4096, num_layers=32, shape=shape)
+    large = plan(hardware=replace(CPU, gpus=(H200,), memory_available=100 * GIB), model=facts)
+    assert any("everything kept" in line for line in large.memory_lines)
+    assert large.memory_needed is not None and 30 * GIB < large.memory_needed < 60 * GIB
+    small = plan(
+        hardware=replace(CPU, gpus=(replace(H200, memory_free=23 * GIB),), memory_available=64 * GIB), model=facts
+    )
+    assert any("host memory" in line for line in small.memory_lines)
+    assert small.memory_needed is not None and small.memory_needed <= 23 * GIB
+    tiny = plan(hardware=replace(CPU, gpus=(replace(H200, memory_free=8 * GIB),)), model=facts)
+    assert any(note.startswith("may not fit") for note in tiny.notes) and "does not fit" in tiny.memory_lines[-1]
+    for without in (plan(model=facts), plan("adapter: {type: full}", hardware=replace(CPU, gpus=(H200,)), model=facts)):
+        assert without.memory_lines == ()

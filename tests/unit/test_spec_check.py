@@ -167,7 +167,7 @@ def test_dangerous_models_are_refused(model):
 @pytest.mark.parametrize(
     ("line", "release"),
     [
-        ("method: dpo", "0.3"), ("method: grpo", "0.4"), ("report_to: [wandb]", "0.2"), ("data: {train: x, packing: true}", "0.2"),
+        ("method: dpo", "0.3"), ("method: grpo", "0.4"), ("report_to: [wandb]", "0.2"),
         ("resources: {gpus: 2}", "0.3"), ("train: {on_oom: shrink}", "0.2"),
         ("adapter: {init_lora_weights: loftq}", "0.2"),
     ],

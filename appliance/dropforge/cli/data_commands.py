@@ -37,11 +37,9 @@ def data(arguments: Namespace) -> int:
     try:
         prepared = prepare_data(spec, tokenizer, locate=locate)
     except DataError as error:
-        if error.code != "data-format-later" or spec.method != "sft":
+        if error.code != "data-format-later":
             raise
-        # Preferences and prompts cannot be learnt from as answers, but they can be looked at.
-        spec = spec.model_copy(update={"method": "dpo"})
-        prepared = prepare_data(spec, tokenizer, locate=locate)
+        return _examples(arguments, spec, locate)
     report = prepared.report
     if arguments.png:
         write_histogram(arguments.png, report.histogram)
@@ -51,6 +49,21 @@ def data(arguments: Namespace) -> int:
         said += " (a small one: real models need about half as many; name yours with --model)"
     text = report_text(report, tokenizer=said, colour=colour)
     emit(arguments, json.loads(json.dumps(asdict(report))), text)
+    return 0
+
+
+def _examples(arguments: Namespace, spec: Spec, locate: Locate) -> int:
+    """Preferences and prompts cannot be learnt from as answers, but they can be looked at."""
+    from dropforge.data.preferences import prepare_examples
+
+    lines: list[str] = []
+    found = prepare_examples(spec.data, spec.data.train, locate=locate, log=lines.append)
+    lines += [f"rows with something to learn: {len(found.rows):,}"]
+    lines += [f"dropped {count:,}: {why}" for why, count in found.dropped.items()]
+    lines += [f"  for example {where}" for where, _ in found.first[:3]]
+    lines += ["the first row:", json.dumps(found.rows[0], ensure_ascii=False, indent=2)]
+    value = {"kind": found.kind, "rows": len(found.rows), "dropped": dict(found.dropped), "first": found.rows[0]}
+    emit(arguments, value, "\n".join(lines))
     return 0
 
 

@@ -63,6 +63,7 @@ def plan(arguments: Namespace) -> int:
         ("data", f"{made.rows if made.rows is not None else 'number of rows known after reading'} rows"),
         ("steps", f"{made.steps if made.steps is not None else '?'}"),
         ("memory", f"about {gib(made.memory_needed)} of {gib(made.memory_available)} available"),
+        *(("", line.strip()) for line in made.memory_lines),
         ("disk", f"about {gib(made.disk_needed)} of {gib(made.disk_free)} free"),
         ("exports", ", ".join(made.exports)),
     ]

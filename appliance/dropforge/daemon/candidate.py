@@ -36,6 +36,11 @@ class Candidate:
         return Path(self.spec_name).suffix.lower()
 
     @property
+    def ends_in_a_line(self) -> bool:
+        """True when the spec stops in the middle of a line, as a copy may. JSON shows by itself whether it is whole."""
+        return self.suffix != ".json" and not self.raw.endswith(b"\n")
+
+    @property
     def shown_name(self) -> str:
         """For the checker, which goes by the ending, and for messages."""
         return shown_name(self.spec_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from logging.handlers import RotatingFileHandler
 from types import TracebackType
@@ -43,6 +44,10 @@ class DaemonLog:
 class _File(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (its name in logging)
         """A full disk loses lines of this file only; they are on standard error as well."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is tried once more here
+            super().close()
 
 
 class _Redact(logging.Filter):

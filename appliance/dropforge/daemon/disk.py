@@ -15,6 +15,8 @@ from dropforge.paths import DataRoot, RunFolder
 MIB = 1 << 20
 RESERVE_BYTES = 16 * MIB
 SMALL_BYTES = MIB // 4
+FEW_NAMES = 64
+"""Fewer files than this that can still be made count as a full disk: a checkpoint alone is a dozen."""
 LOW_BYTES = 64 * MIB
 """Below this nothing is started, and the reserve is given back so that states can still be written."""
 MARGIN_BYTES = 64 * MIB
@@ -38,9 +40,13 @@ class DiskWatch:
     def text(self) -> str:
         return f"{self.free // MIB} MiB of disk are free, at least {(LOW_BYTES + RESERVE_BYTES) // MIB} MiB are needed"
 
+    def measure(self) -> int:
+        """Free bytes; none where hardly a file can be made any more, however many bytes are free."""
+        return self._measure(self._root.path) if _has_inodes(self._root.path) else 0
+
     def look(self) -> None:
         """Measure; give the reserve back when space is low, take it again when there is plenty."""
-        self.free = self._measure(self._root.path) if _has_inodes(self._root.path) else 0
+        self.free = self.measure()
         if self.free < LOW_BYTES:
             self.low = True
             give_reserve_back(self._root)
@@ -61,7 +67,7 @@ class DiskWatch:
 
 def is_full(root: DataRoot) -> bool:
     """True when there is no room for even a small file."""
-    return free_bytes(root.path) < SMALL_BYTES or not _has_inodes(root.path)
+    return DiskWatch(root).measure() < SMALL_BYTES
 
 
 def give_reserve_back(root: DataRoot) -> None:
@@ -115,4 +121,4 @@ def needed_to_go_on(run: RunFolder, *, free: int) -> int:
 
 def _has_inodes(folder: Path) -> bool:
     told = os.statvfs(folder)
-    return told.f_files == 0 or told.f_favail > 0  # some file systems have no fixed number and say 0
+    return told.f_files == 0 or told.f_favail >= FEW_NAMES  # some file systems have no fixed number and say 0

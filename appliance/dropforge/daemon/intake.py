@@ -116,6 +116,7 @@ class Intake:
         path = self._root.inbox / ready.name
         if path.is_dir() and not self._durable.done(path, ready.fingerprint):
             return None
+        candidate = None
         try:
             candidate = read_candidate(path)
             checked = self._checker.check(candidate.raw, filename=candidate.shown_name)
@@ -124,14 +125,14 @@ class Intake:
         except FileNotFoundError:
             return None  # taken back, or replaced while it was read
         except InputError as error:
-            self._refuse_or_wait(ready, error, now=now)
+            self._refuse_or_wait(ready, error, now=now, torn=candidate is not None and candidate.ends_in_a_line)
             return None
         self._unfinished.pop(ready.name, None)
         return self._claim(candidate, checked, ready)
 
-    def _refuse_or_wait(self, ready: Ready, error: InputError, *, now: float) -> None:
+    def _refuse_or_wait(self, ready: Ready, error: InputError, *, now: float, torn: bool) -> None:
         until = ready.unchanged_since + UNFINISHED_SECONDS
-        doubtful = any(problem.code in _UNFINISHED_CODES for problem in error.problems)
+        doubtful = torn or any(problem.code in _UNFINISHED_CODES for problem in error.problems)
         if doubtful and not ready.complete and now < until:
             self._unfinished[ready.name] = (ready, Unfinished(ready.name, error, until))
             return

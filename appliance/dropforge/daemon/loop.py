@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 
@@ -229,7 +229,7 @@ class Daemon:
 
     def _collect(self, now: float) -> None:
         """Give every ended runner's job its next state; one whose state cannot be written now is tried again."""
-        self._ended += self._worker.poll(now=now)
+        self._ended += [replace(ended, room=self._disk.measure()) for ended in self._worker.poll(now=now)]
         self._ended = [
             ended
             for ended in self._ended
@@ -286,7 +286,7 @@ class Daemon:
         except OSError as error:
             end = AttemptEnd(state=State.INTERRUPTED, reason=Reason.INTERNAL, died=True,
                              message=f"its process could not be started: {error}")  # fmt: skip
-            self._ended.append(Ended(ticket=ticket, attempt=attempt, end=end))
+            self._ended.append(Ended(ticket=ticket, attempt=attempt, end=end, room=self._disk.free))
             raise
         self._crash("start.spawned")
         self._noted.pop(ticket.id, None)

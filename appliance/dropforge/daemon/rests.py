@@ -9,11 +9,14 @@ from dropforge.daemon import attempts
 from dropforge.daemon.disk import MARGIN_BYTES, MIB, DiskWatch, needed_to_go_on
 from dropforge.daemon.queue import Ticket
 from dropforge.daemon.scheduler import Waiting
-from dropforge.daemon.verdict import Verdict
+from dropforge.daemon.verdict import RETRY_DELAY_SECONDS, Verdict
 from dropforge.daemon.worker import Ended
 from dropforge.errors import Reason
 from dropforge.paths import DataRoot
 from dropforge.states import State
+
+PLENTY_BYTES = 1 << 30
+"""A disk with so much room that is called full has another limit."""
 
 
 class Rests:
@@ -34,8 +37,10 @@ class Rests:
             run = self._root.run(job_id)
             made_room = ended.end.freed >= MARGIN_BYTES and _times_full(self._root, ended.ticket, ended) == 1
             if not made_room:  # trying the same again with the same space would fail the same
-                self._disk.look()
-                self._bytes[job_id] = needed_to_go_on(run, free=self._disk.free)
+                if ended.room < PLENTY_BYTES:
+                    self._bytes[job_id] = needed_to_go_on(run, free=ended.room)
+                else:  # bytes were not what was missing, but a quota or file names: only trying tells
+                    self._until[job_id] = now + RETRY_DELAY_SECONDS
 
     def waiting(self, now: float) -> dict[str, Waiting]:
         """Who rests now, by id, with the numbers."""

@@ -117,6 +117,12 @@ def _trailing_deaths(ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:
     return deaths[::-1]
 
 
+OUT_OF_MEMORY = (
+    "the kernel killed the job because the machine (or the container's limit) ran out of memory; "
+    "use a smaller batch, a shorter max_seq_length or a quantized model"
+)
+
+
 def explain_death(exit_status: int | None, *, out_of_memory: bool) -> tuple[Reason, str]:
     """Reason and message for a runner that left no exit.json.
 
@@ -127,10 +133,7 @@ def explain_death(exit_status: int | None, *, out_of_memory: bool) -> tuple[Reas
     if exit_status is None:
         return Reason.KILLED, "the job's process vanished together with the daemon"
     if exit_status == -signal.SIGKILL and out_of_memory:
-        return Reason.OOM_HOST, (
-            "the kernel killed the job because the machine (or the container's limit) ran out of memory; "
-            "use a smaller batch, a shorter max_seq_length or a quantized model"
-        )
+        return Reason.OOM_HOST, OUT_OF_MEMORY
     if exit_status == -signal.SIGKILL:
         return Reason.KILLED, "the job's process was killed by someone (SIGKILL, and not for lack of memory)"
     if exit_status < 0:

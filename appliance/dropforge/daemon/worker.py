@@ -15,7 +15,7 @@ from dropforge.daemon import attempts, out_of_memory, process
 from dropforge.daemon.attempts import AttemptEnd
 from dropforge.daemon.disk import is_full
 from dropforge.daemon.queue import Ticket
-from dropforge.daemon.verdict import RETRIED_REASONS, explain_death
+from dropforge.daemon.verdict import OUT_OF_MEMORY, RETRIED_REASONS, explain_death
 from dropforge.errors import Reason
 from dropforge.paths import DataRoot
 from dropforge.states import State
@@ -49,6 +49,8 @@ class Ended:
     ticket: Ticket
     attempt: int
     end: AttemptEnd
+    room: int = 0
+    """Free bytes of disk at that moment."""
 
 
 class Worker:
@@ -181,9 +183,12 @@ class Worker:
         del self._running[job.ticket.id]
         run = self._root.run(job.ticket.id)
         end = attempts.read_end(run, job.attempt)
+        after = self._oom_kills()
+        starved = after is not None and job.oom_kills_before is not None and after > job.oom_kills_before
+        if end is not None and end.reason is Reason.CRASH and starved:  # of a process that it had started
+            end = replace(end, reason=Reason.OOM_HOST, message=f"{OUT_OF_MEMORY}; the job said: {end.message}")
+            attempts.write_end(run, job.attempt, end)
         if end is None:
-            after = self._oom_kills()
-            starved = after is not None and job.oom_kills_before is not None and after > job.oom_kills_before
             reason, message = explain_death(exit_status, out_of_memory=starved)
             if attempts.read_stop(run, job.attempt) is Reason.STALLED:  # it did not even react to the request to stop
                 reason, message = Reason.STALLED, RETRIED_REASONS[Reason.STALLED]

@@ -140,6 +140,12 @@ def _pair(prompt: str, answer: str) -> list[Turn]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
+def read_side(row: Row, value: list[Any]) -> list[Turn]:
+    """A list of turns, with role and content or with from and value. Raises DataError data-row-invalid."""
+    sharegpt = bool(value) and isinstance(value[0], Mapping) and "role" not in value[0]
+    return _turns(row, value, sharegpt=sharegpt)
+
+
 def _turns(row: Row, value: Any, *, sharegpt: bool) -> list[Turn]:
     if value is None:
         return []

@@ -15,6 +15,12 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat", "dialogue",
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 ANSWER_COLUMNS = ("output", "response", "answer", "completion")
+PROMPT_COLUMNS = ("prompt", "question", "query", "problem", "instruction", "input")
+CHOSEN_COLUMNS = ("chosen", "chosen_response", "preferred")
+REJECTED_COLUMNS = ("rejected", "rejected_response", "dispreferred")
+SOLUTION_COLUMNS = ("answer", "solution", "ground_truth", "final_answer", "target")
+LEARNT = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+"""Formats with an answer to learn, or a text."""
 TEXT_COLUMNS = ("text", "content", "document")
 # Prompt column and the answer columns that may go with it.
 PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -51,8 +57,10 @@ class _Columns:
         return next((row[column] for row in self.rows if row.get(column) not in (None, "", [])), None)
 
 
-def detect(rows: Sequence[Fields], *, file: str, forced: str = "auto") -> Match:
+def detect(rows: Sequence[Fields], *, file: str, forced: str = "auto", kinds: Sequence[str] = LEARNT) -> Match:
     """The format of `rows` (the first ones of a file). `forced` names the format instead of looking for it.
+
+    `kinds` are the formats the caller can learn from; another one is an error that says what was seen.
 
     Raises DataError data-format-unknown, data-column-missing (a forced format does not fit) or data-format-later.
     """
@@ -68,7 +76,8 @@ def detect(rows: Sequence[Fields], *, file: str, forced: str = "auto") -> Match:
                 fix="rename the columns, or leave data.format out so that the format is detected",
             )
     else:
-        match = next((found for look in FORMATS.values() if (found := look(columns))), None)
+        wanted = {name: look for name, look in FORMATS.items() if name in kinds or kinds is LEARNT}
+        match = next((found for look in wanted.values() if (found := look(columns))), None)
         if match is None:
             raise DataError(
                 f"the format of {file} is not known",
@@ -78,13 +87,13 @@ def detect(rows: Sequence[Fields], *, file: str, forced: str = "auto") -> Match:
                 + "; ".join(f"{name} ({need})" for name, need in NEEDS.items()),
                 fix='rename columns, or set data.format: {columns: {prompt: "{COLUMN} ...", response: COLUMN}}',
             )
-    if match.format in LATER:
+    if match.format not in kinds:
         raise DataError(
-            f"{file} holds {match.format} data, which this release cannot train on",
+            f"{file} holds {match.format} data, from which answers cannot be learnt",
             code="data-format-later",
             where=file,
             why=match.reason,
-            fix="give conversations, prompt and completion, or text",
+            fix="use a preference or RL method for it, or give conversations, prompt and completion, or text",
         )
     return match
 
@@ -124,9 +133,29 @@ def _json(text: str) -> Any:
 
 
 def _preference(columns: _Columns) -> Match | None:
-    if columns.first(["chosen"]) and columns.first(["rejected"]):
-        return Match(format="preference", reason="columns 'chosen' and 'rejected': two answers to compare per row")
-    return None
+    chosen, rejected = columns.first(CHOSEN_COLUMNS), columns.first(REJECTED_COLUMNS)
+    if not chosen or not rejected:
+        return None
+    parts = {"chosen": chosen, "rejected": rejected}
+    prompt = columns.first(PROMPT_COLUMNS)
+    if prompt:
+        parts["prompt"] = prompt
+    reason = f"columns {chosen!r} and {rejected!r}: two answers to compare per row"
+    return Match(format="preference", reason=reason, columns=parts)
+
+
+def _unpaired(columns: _Columns) -> Match | None:
+    prompt, label = columns.first(PROMPT_COLUMNS), columns.first(["label"])
+    answer = columns.first(ANSWER_COLUMNS)
+    if not prompt or not label or not answer:
+        return None
+    value = columns.sample(label)
+    if not isinstance(value, bool) and str(value).strip().lower() not in ("0", "1", "true", "false"):
+        return None
+    reason = f"columns {prompt!r}, {answer!r} and {label!r}: one answer and a verdict per row"
+    return Match(
+        format="unpaired_preference", reason=reason, columns={"prompt": prompt, "completion": answer, "label": label}
+    )
 
 
 def _alpaca(columns: _Columns) -> Match | None:
@@ -158,8 +187,12 @@ def _text(columns: _Columns) -> Match | None:
 
 
 def _prompt(columns: _Columns) -> Match | None:
-    column = columns.first(["prompt"])
-    return Match(format="prompt", reason=f"column {column!r} holds prompts without answers") if column else None
+    column = columns.first(PROMPT_COLUMNS)
+    if column is None:
+        return None
+    answer = columns.first(SOLUTION_COLUMNS)
+    reason = f"column {column!r} holds prompts" + (f", {answer!r} the answers to be found" if answer else "")
+    return Match(format="prompt", reason=reason, columns={"prompt": column})
 
 
 def _system(columns: _Columns) -> dict[str, str]:
@@ -182,6 +215,7 @@ FORMATS: dict[str, Callable[[_Columns], Match | None]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "preference": _preference,
+    "unpaired_preference": _unpaired,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "text": _text,
@@ -191,9 +225,9 @@ NEEDS = {
     "messages": "a column messages or conversations with lists of {role, content}",
     "sharegpt": "a column conversations with lists of {from, value}",
     "preference": "columns chosen and rejected",
+    "unpaired_preference": "columns prompt, completion and label (true or false)",
     "alpaca": "columns instruction and output, and perhaps input",
     "prompt_completion": "columns prompt and completion, or question and answer",
     "text": "a column text",
     "prompt": "a column prompt",
 }
-LATER = {"preference", "prompt"}

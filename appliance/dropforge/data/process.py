@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ FIRST = 20
 """So many dropped or suspicious rows are remembered by number."""
 LANGUAGE_EVERY = 16
 """Of so many rows one is looked at for its language."""
+_PAIR = ["user", "assistant"]
 _LOOSE = re.compile(r"[\W_]+")
 
 
@@ -45,6 +47,8 @@ class Work:
     length: int
     overlap: int = 0
     """Tokens that consecutive chunks of a document share."""
+    loose: bool = False
+    """Whether rows that say the same will be looked for."""
     signatures: bool = False
     """Whether near-duplicates will be looked for."""
 
@@ -133,32 +137,35 @@ class RowProcessor:
                 for piece in pieces:
                     self._keep(row, piece, item.text if len(pieces) == 1 else "", work, counts, kept)
             else:
-                self._count(item, counts)
                 conversations.append(item)
         if conversations:
-            where = self.renderer.render
-            rendered = [where(item.turns, where=item.row.where, tools=item.tools) for item in conversations]
+            render = self.renderer.render
+            rendered = [render(item.turns, where=item.row.where, tools=item.tools) for item in conversations]
+            self._count(conversations, counts)
             counts.rewritten += sum(item.rewritten for item in rendered)
             tokens = tokenize_conversations(self.tokenizer, rendered, everything=work.everything)
             for item, row_tokens in zip(conversations, tokens, strict=True):
-                text = " ".join(turn["content"] for turn in item.turns)
+                text = " ".join(turn["content"] for turn in item.turns) if work.loose else ""
                 self._keep(item.row, row_tokens, text, work, counts, kept)
-        return _batch(kept, signatures=work.signatures), counts
+        return _batch(kept, loose=work.loose, signatures=work.signatures), counts
 
     @staticmethod
-    def _count(item: Conversation, counts: Counts) -> None:
-        roles = [turn["role"] for turn in item.turns]
+    def _count(conversations: Sequence[Conversation], counts: Counts) -> None:
+        roles: list[str] = []
+        for item in conversations:
+            own = [turn["role"] for turn in item.turns]
+            roles += own
+            if len(counts.systems) < 2:
+                system = item.turns[0]["content"] if own[0] == "system" else None
+                if system not in counts.systems:
+                    counts.systems.append(system)
+            if item.row.number % LANGUAGE_EVERY == 1:
+                counts.languages[language(" ".join(turn["content"] for turn in item.turns))] += 1
+            if own != _PAIR and any(one == two and one in _PAIR for one, two in zip(own, own[1:], strict=False)):
+                counts.repeated_roles += 1
+                if len(counts.repeated_where) < FIRST:
+                    counts.repeated_where.append(item.row.where)
         counts.roles.update(roles)
-        first = item.turns[0]
-        system = first["content"] if first["role"] == "system" else None
-        if len(counts.systems) < 2 and system not in counts.systems:
-            counts.systems.append(system)
-        if item.row.number % LANGUAGE_EVERY == 1:
-            counts.languages[language(" ".join(turn["content"] for turn in item.turns))] += 1
-        if any(one == other and one in ("user", "assistant") for one, other in zip(roles, roles[1:], strict=False)):
-            counts.repeated_roles += 1
-            if len(counts.repeated_where) < FIRST:
-                counts.repeated_where.append(item.row.where)
 
     @staticmethod
     def _keep(row: Row, tokens: Tokens, text: str, work: Work, counts: Counts, kept: list[_Kept]) -> None:
@@ -184,19 +191,19 @@ class _Kept:
     full: int
 
 
-def _batch(kept: Sequence[_Kept], *, signatures: bool) -> Batch:
-    ids = [np.asarray(row.tokens.input_ids, dtype=np.int32) for row in kept]
-    labels = [np.asarray(row.tokens.labels, dtype=np.int32) for row in kept]
-    empty = np.empty(0, dtype=np.int32)
+def _batch(kept: Sequence[_Kept], *, loose: bool, signatures: bool) -> Batch:
+    ids = [array("i", row.tokens.input_ids).tobytes() for row in kept]
+    labels = [array("i", row.tokens.labels).tobytes() for row in kept]
+    digests = _digests(one + other for one, other in zip(ids, labels, strict=True))
     return Batch(
-        ids=np.concatenate(ids) if ids else empty,
-        labels=np.concatenate(labels) if labels else empty,
-        ends=np.cumsum([len(row) for row in ids], dtype=np.int64),
+        ids=np.frombuffer(b"".join(ids), dtype=np.int32),
+        labels=np.frombuffer(b"".join(labels), dtype=np.int32),
+        ends=np.cumsum([len(row.tokens.input_ids) for row in kept], dtype=np.int64),
         numbers=np.asarray([row.row.number for row in kept], dtype=np.int64),
-        digests=_digests(one.tobytes() + other.tobytes() for one, other in zip(ids, labels, strict=True)),
-        loose=_digests(
-            _LOOSE.sub("", row.text.casefold()).encode() or own.tobytes() for row, own in zip(kept, ids, strict=True)
-        ),
+        digests=digests,
+        loose=_digests(_LOOSE.sub("", row.text.casefold()).encode() or own for row, own in zip(kept, ids, strict=True))
+        if loose
+        else digests,
         learnt=np.asarray([row.tokens.learnt for row in kept], dtype=np.int32),
         full=np.asarray([row.full for row in kept], dtype=np.int32),
         signatures=np.stack([signature(row.text) for row in kept])

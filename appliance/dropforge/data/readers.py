@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.data.encoding import COMPRESSED, text_lines, whole_text
+from dropforge.data.epub import read_epub
 from dropforge.data.rows import Row
 from dropforge.errors import DataError
 
@@ -185,6 +186,37 @@ def read_text(path: Path, file: str, warn: Warn) -> Iterator[Row]:
         yield Row(file=file, number=1, fields={"text": text})
 
 
+def read_arrow(path: Path, file: str, warn: Warn) -> Iterator[Row]:
+    """Arrow files and streams (`.arrow` of the datasets library, Feather), mapped from disk."""
+    import pyarrow
+    from pyarrow import ipc
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as stream:
+            for batch in _arrow_batches(ipc, stream):
+                for start in range(0, batch.num_rows, PARQUET_BATCH_ROWS):
+                    for fields in batch.slice(start, PARQUET_BATCH_ROWS).to_pylist():
+                        number += 1
+                        yield Row(file=file, number=number, fields=fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _parse_error(file, number or None, f"not an Arrow file, or damaged: {error}") from error
+
+
+def _arrow_batches(ipc: Any, stream: Any) -> Iterator[Any]:
+    if stream.read(6) == b"ARROW1":
+        stream.seek(0)
+        table = ipc.open_file(stream)
+        yield from (table.get_batch(index) for index in range(table.num_record_batches))
+    else:
+        stream.seek(0)
+        yield from ipc.open_stream(stream)
+
+
+def _read_epub(path: Path, file: str, warn: Warn) -> Iterator[Row]:
+    return read_epub(path, file)
+
+
 READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -194,10 +226,13 @@ READERS: dict[str, Reader] = {
     ".xlsx": read_excel,
     ".xlsm": read_excel,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
+    ".epub": _read_epub,
     ".txt": read_text,
     ".md": read_text,
 }
-NOT_COMPRESSED = {".xlsx", ".xlsm", ".parquet"}
+NOT_COMPRESSED = {".xlsx", ".xlsm", ".parquet", ".arrow", ".feather", ".epub"}
 
 
 def _json(text: str, file: str, number: int | None) -> Any:

@@ -65,6 +65,7 @@ class Reading:
             match=match, templates=templates, system=self.spec.data.system,
             everything=self.spec.data.train_on == "everything", length=self.spec.model.max_seq_length,
             overlap=self.spec.data.chunk_overlap, signatures=self.signatures,
+            loose=self.signatures or self.spec.data.eval is not None,
         )  # fmt: skip
         number = len(self.parts)
         self.parts.append(part.name)

@@ -1,7 +1,8 @@
 """Render conversations with the tokenizer's chat template and say which characters are the assistant's.
 
 Method: once per sequence of roles the template is rendered with placeholders instead of contents; what stands
-between the placeholders is the template's own text. Each row is then rendered once for real and must consist of
+between the placeholders is the template's own text. A template that is proven to do nothing with contents but write
+them (opaque.py) then writes each row by joining; of any other one, each row is rendered for real and must consist of
 exactly these pieces and its own contents. A learnt span begins where the prompt with the generation marker ends
 (what the model will be given when it is used) and ends with the end-of-turn token. The labels are therefore right by
 construction, for any template.
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dropforge.data.convert import Turn
+from dropforge.data.opaque import LookedAtError, Watched, probes
 from dropforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class _Shape:
     pieces: tuple[str, ...]
     leads: tuple[int, ...]
     ends: tuple[int, ...]
+    strips: tuple[bool, ...] | None = None
+    """Per content whether the template strips it, if that is all it does with contents; None when it may do more."""
 
 
 class Renderer:
@@ -70,6 +74,8 @@ class Renderer:
         if roles not in self._shapes:
             self._shapes[roles] = self._shape(roles, where)
         shape = self._shapes[roles]
+        if shape.strips is not None:
+            return _joined(turns, shape, shape.strips)
         text = self._template(turns, where=where)
         leads = shape.leads
         contents = _match(text, shape.pieces, [turn["content"] for turn in turns])
@@ -200,7 +206,25 @@ class Renderer:
             leads.append(self._lead(turns[:index], so_far, pieces[index], where) if role == "assistant" else 0)
             ends.append(self._end(pieces[index + 1]) if role == "assistant" else 0)
             so_far += marks[index]
-        return _Shape(pieces=tuple(pieces), leads=tuple(leads), ends=tuple(ends))
+        shape = _Shape(pieces=tuple(pieces), leads=tuple(leads), ends=tuple(ends))
+        return replace(shape, strips=self._strips(roles, shape))
+
+    def _strips(self, roles: tuple[str, ...], shape: _Shape) -> tuple[bool, ...] | None:
+        """Whether each content is stripped; None when the template does more with contents than write them."""
+        done: list[tuple[bool, ...]] = []
+        for probe in probes(str(self._tokenizer.chat_template)):
+            contents = [Watched.of(probe) for _ in roles]
+            turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+            try:
+                text = self._template(turns, where="probe")
+            except (LookedAtError, DataError):
+                return None
+            strips = tuple(bool(content.stripped) for content in contents)
+            plain = [{"role": role, "content": probe} for role in roles]
+            if text != _joined(plain, shape, strips).text:
+                return None
+            done.append(strips)
+        return done[0] if done[0] == done[1] else None
 
     def _lead(self, turns: Sequence[Turn], so_far: str, piece: str, where: str) -> int:
         """How much of the text before an answer the model has to produce itself (a space, an empty reasoning block)."""
@@ -240,6 +264,22 @@ class Renderer:
             spans.append((position, end))
             position = end + len(piece)
         return spans
+
+
+def _joined(turns: Sequence[Turn], shape: _Shape, strips: Sequence[bool]) -> Rendered:
+    """What a template writes that does nothing with contents but write (and strip) them."""
+    parts = [shape.pieces[0]]
+    spans = []
+    position = len(shape.pieces[0])
+    for index, turn in enumerate(turns):
+        content = turn["content"].strip() if strips[index] else turn["content"]
+        end = position + len(content)
+        if turn["role"] == "assistant":
+            spans.append((position - shape.leads[index], end + shape.ends[index]))
+        piece = shape.pieces[index + 1]
+        parts += (content, piece)
+        position = end + len(piece)
+    return Rendered(text="".join(parts), spans=tuple(spans), rewritten=False)
 
 
 def _match(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:

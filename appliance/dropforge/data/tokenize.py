@@ -25,7 +25,7 @@ class Tokens:
     @property
     def learnt(self) -> int:
         """How many tokens the loss sees. The first token has nothing before it and is never predicted."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        return len(self.labels) - self.labels.count(IGNORED) - (self.labels[:1] not in ([], [IGNORED]))
 
 
 def tokenize_conversations(

@@ -64,7 +64,7 @@ def driver_findings(smi: Smi, *, cuda: str, unified_memory: str) -> Iterator[Fin
         unified_memory: text for the memory of a GPU that has none of its own.
     """
     if not smi.gpus:
-        yield _no_gpu(smi)
+        yield no_gpu(smi)
         return
     version = smi.gpus[0]["driver_version"]
     floor = FLOORS.get(int(cuda.partition(".")[0] or 0), 0)
@@ -79,13 +79,15 @@ def driver_findings(smi: Smi, *, cuda: str, unified_memory: str) -> Iterator[Fin
         yield from _gpu_findings(gpu, unified_memory=unified_memory)
 
 
-def _no_gpu(smi: Smi) -> Finding:
+def no_gpu(smi: Smi) -> Finding:
+    """Why there is no GPU, for a Smi without any: a note where nobody expects one, else a fault."""
     if not smi.installed and smi.host_has_driver:
         return fault("GPU: the host has NVIDIA's driver, but this container was given no GPU",
                      "start it with --gpus all (needs the NVIDIA Container Toolkit on the host)")  # fmt: skip
     if not smi.installed:
-        return note("GPU: none, no NVIDIA driver was found; jobs run on the CPU, which suits tiny models",
-                    "for a GPU: driver and NVIDIA Container Toolkit on the host, then --gpus all")  # fmt: skip
+        return note("GPU: no NVIDIA driver was found",
+                    "install the driver and the NVIDIA Container Toolkit on the host, start with --gpus all; "
+                    "without, jobs run on the CPU")  # fmt: skip
     if not smi.error:
         return fault("GPU: the driver answers, but lists none", find_cause("no devices were found").fix)
     return fault(f"GPU: {explained(smi.error)}", find_cause(smi.error).fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from dropforge.export.request import Message
@@ -12,16 +13,32 @@ _MARK = "\ue000answer\ue001"
 
 
 def render(tokenizer: Any, messages: tuple[Message, ...], *, generation: bool = True) -> str | None:
-    """The conversation as text, or None when the template refuses it (some know no system message)."""
+    """The conversation as text, or None when the template refuses it (some know no system message) or fails in it."""
     from jinja2.exceptions import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generation, **RUNTIME_VARIABLES
         )
-    except TemplateError:
-        return None
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return None  # a template is a small program, and fails in every way that one can
     return text
+
+
+# Characters no chat template holds: 150 of them put the text more than 100 edits away from every template Ollama knows,
+# so that it cannot choose a wrong one by likeness and runs the template in the file instead.
+GUARD = "{#" + "\u203b" * 150 + "#}"
+_DATE = re.compile(r"\bdate_string\b")
+
+
+def file_template(template: str, *, beside: bool) -> str:
+    """The chat template as a GGUF must hold it to write what the training wrote.
+
+    `beside`: a Modelfile with a TEMPLATE goes with it; otherwise it is kept out of Ollama's guessing. llama.cpp hands
+    today's date to every template as `date_string`, where transformers hands none: the variable gets another name, so
+    that the template's own date stands.
+    """
+    return _DATE.sub("date_string_of_training", template) + ("" if beside else GUARD)
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

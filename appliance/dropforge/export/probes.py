@@ -2,7 +2,8 @@
 
 They hold what tokenizers and templates get wrong: leading and doubled spaces, blank lines, digits, contractions, code,
 scripts other than Latin, emoji, markers in plain text. All are in Unicode normal form C, because llama.cpp does not
-normalise and byte-level tokenizers such as Qwen's do.
+normalise and byte-level tokenizers such as Qwen's do. None holds another family's end marker (</s> in Qwen's vocabulary
+is plain text): llama.cpp takes a list of them for markers in every vocabulary.
 """
 
 from __future__ import annotations
@@ -47,6 +48,6 @@ RENDERED: tuple[tuple[Message, ...], ...] = (
     _turns("S:Sys", "U:One", "A:1", "U:Two", "A:2", "U:Three"),
     _turns("U:  padded  ", "A: yes ", "U:\nbreak first"),
     _turns("S:two\n\nparagraphs", "U:Grüße, 你好 😀", "A:…", "U:ok"),
-    _turns("U:{{ .Content }} {% raw %} </s>[INST]"),
+    _turns("U:{{ .Content }} {% raw %} <b>[INST]"),
 )
 """Conversations whose rendered text is compared; each ends with a user turn, so the generation prompt follows."""

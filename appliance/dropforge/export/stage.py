@@ -12,7 +12,7 @@ from typing import Any
 
 from dropforge.errors import DropforgeError
 from dropforge.export.calibration import InputStatistics, input_statistics
-from dropforge.export.chat_format import render, stops, token_ids, turn_end
+from dropforge.export.chat_format import file_template, render, stops, token_ids, turn_end
 from dropforge.export.go_template import OllamaTemplate, ollama_template
 from dropforge.export.imatrix import write_imatrix
 from dropforge.export.merge import merge
@@ -32,9 +32,6 @@ SAMPLE_TOKENS = 256
 EVAL_ROWS = 8
 EVAL_POSITIONS = 8
 """Agreement is measured in so many rows of the evaluation split, at so many places of each."""
-# Characters no chat template holds: 150 of them put the text more than 100 edits away from every template Ollama knows,
-# so that it cannot choose a wrong one by likeness and runs the template in the file instead.
-GUARD = "{#" + "\u203b" * 150 + "#}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +263,8 @@ class Stage:
         return text is None or (bos is not None and text.startswith(bos))
 
     def _file_template(self) -> str | None:
-        """The chat template for the file: as trained, kept out of Ollama's guessing unless a TEMPLATE goes with it."""
         template: str | None = self.tokenizer.chat_template
-        if template is None or self.ollama_template.text is not None:
-            return template
-        return template + GUARD
+        return template and file_template(template, beside=self.ollama_template.text is not None)
 
 
 def _fresh(folder: Path) -> Path:

@@ -77,7 +77,8 @@ class StepMeter:
         self.report.wait_for_data_ms_per_step = round(1e3 * steady.starved / max(1, steady.steps), 3)
         self.report.filled = round(self._all.tokens / max(1, self._all.computed), 4)
         if self.device.type == "cuda":
-            self.report.peak_memory = torch.cuda.max_memory_reserved(self.device)
+            self.report.peak_memory = torch.cuda.max_memory_allocated(self.device)
+            self.report.peak_reserved = torch.cuda.max_memory_reserved(self.device)
 
     def _throttle(self) -> None:
         if self.device.type != "cuda":

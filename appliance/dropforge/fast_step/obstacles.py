@@ -27,9 +27,18 @@ def fast_obstacle(args: Any, model: nn.Module, dataset: Any) -> str:
         (getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None), "a mixture of experts"),
         (getattr(args, "activation_offloading", False), "TRL's activation offloading is on"),
         (not isinstance(dataset, Dataset), "the data set is streamed"),
-        (isinstance(dataset, Dataset) and "input_ids" not in dataset.column_names, "the data set is not tokenised"),
+        (isinstance(dataset, Dataset) and not _is_tokenised(args, dataset), "the data set is not tokenised"),
     )
     return next((reason for found, reason in checks if found), "")
+
+
+def _is_tokenised(args: Any, dataset: Dataset) -> bool:
+    """It is, or TRL's SFTTrainer is about to do it (texts, conversations, prompts with completions)."""
+    names = set(dataset.column_names)
+    if "input_ids" in names:
+        return True
+    prepares = "dataset_text_field" in vars(args) and not (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    return prepares and names.isdisjoint({"image", "images"})
 
 
 def capture_obstacle(args: Any, model: nn.Module) -> str:
@@ -37,7 +46,11 @@ def capture_obstacle(args: Any, model: nn.Module) -> str:
     if args.device.type != "cuda":
         return "CUDA graphs need a GPU"
     kwargs = args.gradient_checkpointing_kwargs or {}
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if args.gradient_checkpointing and drops and kwargs.get("preserve_rng_state", True):
+    if args.gradient_checkpointing and has_dropout(model) and kwargs.get("preserve_rng_state", True):
         return "dropout inside recomputed layers needs the host's random state"
     return ""
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether anything in the model drops values in training."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -53,8 +53,12 @@ class FastReport:
     wait_for_data_ms_per_step: float = 0.0
     filled: float = 0.0
     """Share of the computed tokens that are real."""
+    planned_memory: int = 0
+    """Bytes that the engine's plan expected to be allocated at most; 0 without a plan."""
     peak_memory: int = 0
-    """Bytes reserved by torch at most."""
+    """Bytes that were allocated at most."""
+    peak_reserved: int = 0
+    """Bytes that torch had taken from the GPU at most, the graphs' pool included."""
 
     def bucket(self, shape: BucketShape) -> BucketReport:
         """The entry of a shape, made on first use."""

@@ -15,19 +15,23 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from dropforge_kernels.patch.attention_interface import packed_attention
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dropforge.fast_step.isolation import packing_obstacle
+from dropforge.fast_step.kernels import plan_layers
 from dropforge.fast_step.late_log import LateLog
 from dropforge.fast_step.loader import step_loader
 from dropforge.fast_step.meter import StepMeter
 from dropforge.fast_step.obstacles import capture_obstacle, fast_obstacle
 from dropforge.fast_step.optimizer import FlatAdamW
-from dropforge.fast_step.optimizer_choice import flat_optimizer
+from dropforge.fast_step.optimizer_choice import EIGHT_BIT, flat_optimizer
+from dropforge.fast_step.order import check_order, order_of, write_order
 from dropforge.fast_step.report import FastReport
 from dropforge.fast_step.step import BucketStep
 from dropforge.packing.choose import choose_packing
@@ -36,6 +40,7 @@ from dropforge.packing.feed import Feeder
 from dropforge.packing.rows import token_rows
 
 if TYPE_CHECKING:
+    from dropforge_kernels.patch.session import Session
     from transformers import Trainer
 
     _Base = Trainer
@@ -55,15 +60,16 @@ class FastOptions:
     """Buckets of a step with packing=True, as TRL counts; None: as many as hold the documents of a step."""
     capture: bool = True
     """CUDA graphs where they can be had."""
-    embedding_learning_rate: float | None = None
-    """Of embeddings and head where they are trained; None: as the rest."""
 
 
 class FastStepMixin(_Base):
-    """See the top of this file. ``fast=None`` changes nothing."""
+    """See the top of this file. ``fast=None`` changes nothing. kernels: the open session, whose engine is planned."""
 
-    def __init__(self, *args: Any, fast: FastOptions | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fast: FastOptions | None = None, kernels: Session | None = None, **kwargs: Any
+    ) -> None:
         self.fast = fast
+        self._kernels = kernels
         self.report = FastReport()
         self._feeder: Feeder | None = None
         self._step: BucketStep | None = None
@@ -119,12 +125,24 @@ class FastStepMixin(_Base):
         """AdamW over flat buffers; for other optimizers the trainer's own, with flat gradients."""
         if self.fast is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        self._flat, self.optimizer, self.report.optimizer = flat_optimizer(
-            self, self.model if model is None else model, embedding_learning_rate=self.fast.embedding_learning_rate
-        )
+        self._plan_memory()
+        trained: Any = self.model if model is None else model
+        self._flat, self.optimizer, self.report.optimizer = flat_optimizer(self, trained)
         if self.optimizer is None:
             super().create_optimizer(model)
         return self.optimizer  # type: ignore[return-value]
+
+    def _plan_memory(self) -> None:
+        if self._kernels is None or self.args.device.type != "cuda" or self._feeder is None:
+            return
+        plan, name = self._feeder.plan, str(getattr(self.args.optim, "value", self.args.optim))
+        made = plan_layers(
+            self._kernels, self.model, tokens=plan.buckets.budget, document=int(plan.lengths.mean()),  # type: ignore[arg-type]
+            optimizer="adamw_8bit" if name in EIGHT_BIT else name,
+        )  # fmt: skip
+        if made is not None:
+            self.report.notes += made.lines()
+            self.report.planned_memory = made.predicted_peak
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of all micro-batches of an optimizer step; returns its loss, on the device."""
@@ -197,6 +215,9 @@ class FastStepMixin(_Base):
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if self.fast is not None:
             assert self._feeder is not None
+            checkpoint = kwargs.get("resume_from_checkpoint", args[2] if len(args) > 2 else None)
+            if checkpoint is not None:
+                check_order(Path(checkpoint), order_of(self._feeder))
             why_not = "switched off" if not self.fast.capture else capture_obstacle(self.args, model)
             self._flat.attach_grads()
             self._step = BucketStep(
@@ -256,6 +277,12 @@ class FastStepMixin(_Base):
                 self.log({**logs, "tokens_per_second": self.report.steady_tokens_per_second}, start_time)
             finally:
                 self.state.global_step, self.state.epoch = now
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._feeder is not None:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_order(Path(self._get_output_dir(trial)) / folder, order_of(self._feeder))
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         if self.fast is not None:

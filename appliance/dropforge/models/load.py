@@ -91,7 +91,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
     if adapter.init_lora_weights == "loftq":
         from dropforge.fast_loftq import start_from_residual
 
-        start_from_residual(wrapped, folder=Path(model.name_or_path))
+        start_from_residual(wrapped, folder=Path(str(model.name_or_path)))
     hold_in_fp32(wrapped)
     if checkpointing:
         wrapped.enable_input_require_grads()

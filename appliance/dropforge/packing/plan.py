@@ -25,6 +25,9 @@ from dropforge.packing.shapes import Buckets, BucketShape
 WINDOW_BUCKETS = 64
 """Buckets of a window of mode rows: enough for about 99% filling, few enough that the order stays random."""
 
+SPARE = 256
+"""A full bucket of mode rows leaves one part of so many free on purpose."""
+
 
 class PackingMode(StrEnum):
     """What a step is made of; see the top of this file."""
@@ -112,10 +115,16 @@ class PackingPlan:
         own = [documents[i : i + 1] for i in np.flatnonzero(lengths > budget)]
         documents = documents[lengths <= budget]
         lengths = self.lengths[documents]
-        bins, left = emptiest_first_decreasing(
-            lengths, bins=int(lengths.sum() // budget), budget=budget, most=self.buckets.most
-        )
-        return own + [documents[np.sort(items)] for items in bins], documents[np.sort(left)]
+        bins = int(lengths.sum() // budget)
+        if not bins:
+            return own, documents
+        # What is left is the end of the random order, not the shortest: those would pile up late in the epoch. A little
+        # room in every bucket lets nearly all of the others in.
+        room = bins * (budget - budget // SPARE)
+        taken = int(np.searchsorted(np.cumsum(lengths), room, side="right"))
+        packed, left = emptiest_first_decreasing(lengths[:taken], bins=bins, budget=budget, most=self.buckets.most)
+        rest = np.concatenate((documents[np.sort(left)], documents[taken:]))
+        return own + [documents[np.sort(items)] for items in packed], rest
 
     def bucket(self, documents: np.ndarray) -> Bucket:
         """These documents in the smallest shape that holds them."""

@@ -13,6 +13,7 @@ from dropforge.spec import Spec
 from dropforge.stop import StopSignal
 
 if TYPE_CHECKING:
+    from dropforge_kernels.patch.session import Session
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -28,3 +29,5 @@ class TrainingInputs:
     store: CheckpointStore
     log: RunLog
     stop: StopSignal
+    kernels: Session | None = None
+    """The open session whose operations run inside the model; None on a CPU."""

@@ -23,4 +23,6 @@ def train(inputs: TrainingInputs) -> TrainingSummary:
         store=inputs.store,
         log=inputs.log,
         stop=inputs.stop,
+        packing=inputs.spec.data.packing,
+        kernels=inputs.kernels,
     )

@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 
 from steps import page, report
-from steps.models import ENGINES, SHAPES, TINY_SHAPES, parse_engines, same_process
+from steps.models import ENGINES, PARITY_LAYERS, SHAPES, TINY_SHAPES, parse_engines, same_process
 from steps.records import append
+from steps.weights import is_complete
 
 HERE = Path(__file__).parent
 GRACE_S = 20.0
@@ -132,6 +133,8 @@ def main() -> None:
     args.deadline = time.time() + args.limit_s
     args.work.mkdir(parents=True, exist_ok=True)
     engines = parse_engines(args.engines)
+    if not all(is_complete(args.work, args.model, layers=layers) for layers in (args.layers, PARITY_LAYERS)):
+        start(args, "write", "hf", "bf16")
     for weights in args.weights.split(","):
         if args.command == "parity" or (args.command == "run" and not args.no_parity):
             check_parity(args, engines, weights)

@@ -13,16 +13,18 @@ from steps.measure import Bench
 from steps.models import BatchShape
 
 KINDS = (
+    ("between GPUs", r"nccl"),
     ("dequantise", r"dequant|nf4|kdequantize"),
-    ("attention", r"flash|fmha|attention|_sdpa|mha_|softmax_.*dropout|attn"),
+    ("attention", r"flash|fmha|attention|_sdpa|mha_|attn|^(query|key)_kernel"),
     ("matrix product", r"gemm|nvjet|cutlass|cublas|splitk|xmma|matmul|_mm_|addmm"),
     ("optimizer", r"adam|optimizer|blockwise|8bit"),
     ("copy to or from the host", r"memcpy (dtoh|htod)"),
-    ("loss", r"cross_entropy|nll|log_softmax|_loss|compact_kernel|move_rows"),
-    ("norm, rotation, activation", r"rms|norm|rope|rotary|swiglu|glu|silu"),
+    ("loss", r"cross_entropy|nll|log_softmax|_loss|row_gradient|compact_kernel|move_rows|scale_rows"),
+    ("norm, rotation, activation", r"rms|norm|rope|rotary|swiglu|glu|silu|^_?(forward|backward)_kernel"),
     ("other memory-bound", r"elementwise|copy|cat|reduce|fill|memset|memcpy|triton|index|embedding|vectorized|scatter"),
 )
-"""Kind -> pattern on the lower-case kernel name; the first match counts."""
+"""Kind -> pattern on the lower-case kernel name; the first match counts. Our own kernels of norms, rotation and
+activation are called forward_kernel and backward_kernel."""
 
 
 ANNOTATIONS = ("ProfilerStep", "Optimizer.", "## Call", "Torch-Compiled")

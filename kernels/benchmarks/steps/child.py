@@ -10,7 +10,7 @@ import torch
 
 from steps import breakdown, longest, measure, parity
 from steps.engines import Loaded, load, versions
-from steps.models import MODELS, parse_shapes
+from steps.models import MODELS, PARITY_LAYERS, parse_shapes
 from steps.weights import ensure_checkpoint
 
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         loaded = loaded or _load(args, max(shape.length for shape in shapes))
         loaded.setting = engine.partition(":")[2]
-        row |= versions(engine)
+        row |= versions(engine, loaded.model)
         for shape in shapes:
             if time.time() > args.deadline - 10:
                 print(f"no time left for {engine} {shape}", flush=True)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Parity of the engines, remembered for the processes that follow."""
-    path = ensure_checkpoint(args.work, args.model, layers=parity.LAYERS, device=args.device)
+    path = ensure_checkpoint(args.work, args.model, layers=PARITY_LAYERS, device=args.device)
     for engine in args.engine.split(","):
         found = parity.verdict(engine, args.work, path, weights=args.weights, device=args.device)
         print(f"parity {engine} {args.weights}: {found}", flush=True)
@@ -82,16 +82,22 @@ def check(args: argparse.Namespace) -> None:
 
 def truth(args: argparse.Namespace) -> None:
     """The fp32 reference of the parity check, in a process that only transformers and PEFT have touched."""
-    path = ensure_checkpoint(args.work, args.model, layers=parity.LAYERS, device=args.device)
+    path = ensure_checkpoint(args.work, args.model, layers=PARITY_LAYERS, device=args.device)
     target = args.work / f"truth-{args.weights}.pt"
     if not target.exists():
         parity.write_truth(path, target, weights=args.weights, device=args.device)
 
 
+def write(args: argparse.Namespace) -> None:
+    """The checkpoints, before a process that must import its engine first needs them."""
+    for layers in (args.layers, PARITY_LAYERS):
+        ensure_checkpoint(args.work, args.model, layers=layers, device=args.device)
+
+
 def find_longest(args: argparse.Namespace) -> None:
     """Rows of kind longest: one per tried length, and the longest that trained once more with status longest."""
     loaded = _load(args, args.most)
-    row = common(args, args.engine) | versions(args.engine) | {"kind": "longest"}
+    row = common(args, args.engine) | versions(args.engine, loaded.model) | {"kind": "longest"}
     longest.find(
         loaded, lambda found: emit(row | found), start=args.start, resolution=args.resolution, growth=args.growth,
         most=args.most, deadline=args.deadline,
@@ -103,14 +109,16 @@ def profile(args: argparse.Namespace) -> None:
     shapes = parse_shapes(args.shapes)
     loaded = _load(args, max(shape.length for shape in shapes))
     for shape in shapes:
-        text = f"{common(args, args.engine)}\n{versions(args.engine)}\n" + breakdown.profile(loaded, shape)
+        text = f"{common(args, args.engine)}\n{versions(args.engine, loaded.model)}\n" + breakdown.profile(
+            loaded, shape
+        )
         file = args.out.parent / f"profile-{args.engine.replace(':', '-')}-{args.weights}-{shape}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n")
         print(text, flush=True)
 
 
-TASKS = {"run": run, "check": check, "truth": truth, "longest": find_longest, "profile": profile}
+TASKS = {"write": write, "run": run, "check": check, "truth": truth, "longest": find_longest, "profile": profile}
 
 
 def main(args: argparse.Namespace) -> None:

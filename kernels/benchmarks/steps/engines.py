@@ -58,17 +58,15 @@ def load(engine: str, path: Path, *, weights: str, device: str, longest: int) ->
     return loaded
 
 
-def versions(engine: str) -> dict[str, str]:
+def versions(engine: str, model: nn.Module) -> dict[str, str]:
     """Columns: what is installed and, for a peer, its version and the sign that it is at work."""
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes")
     found = {package: _version(package) for package in packages}
     peers = PEER_PACKAGES.get(engine.partition(":")[0], ())
     found["peer"] = ", ".join(f"{package} {_version(package)}" for package in peers)
     if engine == "unsloth":
-        from transformers.models.llama.modeling_llama import LlamaAttention
-
-        origin = LlamaAttention.forward.__module__
-        assert "unsloth" in origin.lower(), f"Unsloth is not at work: LlamaAttention.forward is from {origin}"
+        origins = {module.forward.__module__ for module in model.modules()}
+        assert any("unsloth" in origin.lower() for origin in origins), f"Unsloth is not at work: {sorted(origins)}"
     elif "unsloth" in sys.modules:
         raise AssertionError(f"Unsloth is imported in the process of {engine}")
     return found

@@ -29,6 +29,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """LlamaConfig fields."""
 
+PARITY_LAYERS = 2
+"""Of the slice whose gradients are compared."""
 RANK = 32
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES = "2x2048,8x2048,1x8192,1x32768,1x131072"
@@ -41,6 +43,8 @@ ENGINES = {
     "ours:planner": "Dropforge, the memory planner chooses",
     "ours:equal": "Dropforge, every layer recomputed, its input in host memory (Unsloth's policy)",
     "ours:recompute": "Dropforge, every layer recomputed, its input on the GPU",
+    "ours:lean": "Dropforge, layer inputs and attention outputs in host memory, attention run once",
+    "ours:output": "Dropforge, layer inputs and attention outputs on the GPU, attention run once",
     "ours:attention": "Dropforge, attention kept, MLP recomputed",
     "ours:keep": "Dropforge, everything kept",
     "ours:ops": "Dropforge, single operations swapped, the layers' own backward, gradient checkpointing",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
-from dropforge_kernels.modules.memory_peak import Counts, peak
-from dropforge_kernels.modules.memory_plan import MemoryPlan, plan_memory
+from dropforge_kernels.modules.host_memory import host_available
+from dropforge_kernels.modules.memory_peak import ADAPTER_BYTES, Counts, peak
+from dropforge_kernels.modules.memory_plan import MemoryPlan, plan_memory, policies_of
 from dropforge_kernels.modules.model_shape import ModelShape, Training, model_shape
 from dropforge_kernels.modules.offload import HostStore
 from dropforge_kernels.modules.policy import Keep
@@ -26,7 +26,6 @@ CPU_BUDGET = 8 * GIB
 
 def prepared(model: nn.Module, *, setting: str, weights: str, device: str) -> Loaded:
     """Opens the session; ``prepare`` sets the layers' policies for a shape and reports them."""
-    resident = torch.cuda.memory_allocated() if device == "cuda" else None
     session = open_session(model, names=OPERATIONS if setting == "ops" else None)
     loaded = Loaded(model, device, setting)
     loaded.stack.callback(session.close)
@@ -38,17 +37,20 @@ def prepared(model: nn.Module, *, setting: str, weights: str, device: str) -> Lo
         loaded.prepare = lambda shape: {"memory_plan": "gradient checkpointing"}
         return loaded
     assert session.engine is not None, f"the engine is not in this model: {session.report.engine}"
+    resident = torch.cuda.memory_allocated() if device == "cuda" else None
     planner = _Planner(model_shape(model.config.to_dict()), weights=weights, device=device, resident=resident)
-    decoder = session.engine.decoder
+    engine = session.engine
 
     def prepare(shape: BatchShape) -> dict[str, object]:
-        decoder.set_policies([Keep.NONE] * len(decoder.layers))  # lets go of the last shape's host memory first
+        engine.set_policies([Keep.NONE] * len(engine.decoder.layers))  # lets go of the last shape's host memory first
+        if device == "cuda":
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
         policies, tile, columns = planner.choose(loaded.setting, shape)
         store = None
-        if Keep.OFFLOAD in policies:
-            store = HostStore()
+        if any(keep.on_host for keep in policies):
+            store = HostStore(depth=2 if Keep.OFFLOAD_OUTPUT in policies else 1)
             store.reserve(int(float(str(columns["host_store_gib"])) * GIB), torch.device(device))
-        decoder.set_policies(policies, mlp_tile=tile, store=store)
+        engine.set_policies(policies, mlp_tile=tile, store=store)
         return columns
 
     loaded.prepare = prepare
@@ -75,17 +77,15 @@ class _Planner:
             )
         counts = _fixed(setting, self.shape.layers)
         tile = TILE if batch.tokens >= TILED_FROM else None
-        order = (Keep.OFFLOAD, Keep.NONE, Keep.ATTENTION, Keep.ALL)
-        numbers = (counts.offload, counts.recompute, counts.attention, counts.keep)
-        policies = [keep for keep, count in zip(order, numbers, strict=True) for _ in range(count)]
+        policies = list(policies_of(counts))
         found = peak(self.shape, self.training, counts, tokens=batch.tokens, tile=tile)
         total = found.total
         if self.resident is not None:
-            total += self.resident - 4 * self.training.trained_values(self.shape) - found.weights
+            total += self.resident - ADAPTER_BYTES * self.training.trained_values(self.shape) - found.weights
         return policies, tile, self._columns(total, found.host, policies)
 
     def _plan(self, batch: BatchShape) -> MemoryPlan:
-        host = int(psutil.virtual_memory().available * HOST_SHARE)
+        host = int(host_available() * HOST_SHARE)
         return plan_memory(
             self.shape, self.training, tokens=batch.tokens, document=batch.length, budget=self._budget(), host=host,
             resident=self.resident,
@@ -107,8 +107,10 @@ class _Planner:
 def _fixed(setting: str, layers: int) -> Counts:
     """Unsloth keeps the last layer's input on the GPU, so ``equal`` does too."""
     return {
-        "equal": Counts(layers - 1, 1, 0, 0),
-        "recompute": Counts(0, layers, 0, 0),
-        "attention": Counts(0, 0, layers, 0),
-        "keep": Counts(0, 0, 0, layers),
+        "equal": Counts(offload=layers - 1, recompute=1),
+        "lean": Counts(offload_output=layers - 1, output=1),
+        "recompute": Counts(recompute=layers),
+        "output": Counts(output=layers),
+        "attention": Counts(attention=layers),
+        "keep": Counts(keep=layers),
     }[setting]

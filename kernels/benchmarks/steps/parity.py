@@ -17,7 +17,6 @@ from steps.engines import load
 from steps.measure import Clock, batch_of
 from steps.models import BatchShape
 
-LAYERS = 2
 SHAPE = BatchShape(2, 384)
 TINY_SHAPE = BatchShape(2, 48)
 LOSS_TOLERANCE = 2e-3

@@ -9,12 +9,21 @@ from steps.models import MODELS
 
 def ensure_checkpoint(folder: Path, model: str, *, layers: int | None, device: str) -> Path:
     """The checkpoint's folder, written on first use. ``layers``: fewer than the model has, for parity checks."""
-    depth = layers or int(MODELS[model]["num_hidden_layers"])
-    path = folder / f"{model}-{depth}-layers"
-    if not (path / "COMPLETE").exists():
+    path, depth = _place(folder, model, layers)
+    if not is_complete(folder, model, layers=layers):
         _write(path, model, depth, device)
         (path / "COMPLETE").write_text("")
     return path
+
+
+def is_complete(folder: Path, model: str, *, layers: int | None) -> bool:
+    """Whether the checkpoint was written to its end."""
+    return (_place(folder, model, layers)[0] / "COMPLETE").exists()
+
+
+def _place(folder: Path, model: str, layers: int | None) -> tuple[Path, int]:
+    depth = layers or int(MODELS[model]["num_hidden_layers"])
+    return folder / f"{model}-{depth}-layers", depth
 
 
 def _write(path: Path, model: str, layers: int, device: str) -> None:

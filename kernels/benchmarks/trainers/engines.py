@@ -117,7 +117,7 @@ def _dropforge(
     stack: ExitStack, length: int,
 ) -> Any:  # fmt: skip
     from dropforge.fast_step.trainer import FastOptions, FastStepMixin
-    from dropforge_kernels.patch.session import patched
+    from dropforge_kernels.patch.session import open_session
     from trl import SFTConfig, SFTTrainer
 
     class Counted(FastStepMixin, SFTTrainer):
@@ -125,13 +125,16 @@ def _dropforge(
             count(inputs.tokens)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    kernels = stack.enter_context(patched(model, policy="auto"))
-    for line in kernels.lines():
+    kernels = open_session(model)
+    stack.callback(kernels.close)
+    for line in kernels.report.lines():
         print(line, flush=True)
     args = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
                      **{**common, "gradient_checkpointing": False})  # fmt: skip
     fast = FastOptions(packing=packed or "auto", budget=length, rows_per_step=1 if packed else None)
-    trainer = Counted(model=model, processing_class=tokenizer, train_dataset=_dataset(rows), args=args, fast=fast)
+    trainer = Counted(
+        model=model, processing_class=tokenizer, train_dataset=_dataset(rows), args=args, fast=fast, kernels=kernels
+    )
     if trainer.fast is None:
         raise RuntimeError(f"the fast step is off: {trainer.report.notes}")
     return trainer

@@ -35,29 +35,30 @@ class Casts:
     def group(self, projections: tuple[Adapted, ...]) -> Group:
         """The group of these projections; its tensors hold values after the next ``refresh``."""
         ranks = [0 if p.a is None else p.a.shape[0] for p in projections]
-        a = None
+        outputs = sum(p.outputs for p in projections)
+        a = b = None
         if sum(ranks):
             first = next(p.a for p in projections if p.a is not None)
             a = first.new_empty(sum(ranks), first.shape[1], dtype=self._dtype)
+            b = first.new_zeros(outputs, sum(ranks), dtype=self._dtype)
         parts, column, row = [], 0, 0
         for projection, rank in zip(projections, ranks, strict=True):
-            b = None
-            if projection.a is not None and projection.b is not None and a is not None:
-                b = torch.empty(projection.b.shape, dtype=self._dtype, device=projection.b.device)
-                mine = a[row : row + rank]
-                self._copies += [mine, b]
+            columns, rows = slice(column, column + projection.outputs), slice(row, row + rank)
+            if projection.a is not None and projection.b is not None and a is not None and b is not None:
+                self._copies += [a[rows], b[columns, rows]]
                 self._masters += [projection.a, projection.b]
                 if projection.scale != 1.0:
-                    self._scaled.append((mine, projection.scale))
-            parts.append(
-                Part(
-                    columns=slice(column, column + projection.outputs), ranks=slice(row, row + rank),
-                    scale=projection.scale, b=b,
-                    bias=None if projection.bias is None else projection.bias.detach().to(self._dtype),
-                )
-            )  # fmt: skip
-            column, row = column + projection.outputs, row + rank
-        return Group(parts=tuple(parts), outputs=column, a=a)
+                    self._scaled.append((a[rows], projection.scale))
+            parts.append(Part(columns=columns, ranks=rows, scale=projection.scale, adapted=rank > 0))
+            column, row = columns.stop, rows.stop
+        return Group(parts=tuple(parts), outputs=outputs, a=a, b=b, bias=self._bias(projections))
+
+    def _bias(self, projections: tuple[Adapted, ...]) -> torch.Tensor | None:
+        given = [p.bias for p in projections if p.bias is not None]
+        if not given:
+            return None
+        whole = [given[0].new_zeros(p.outputs) if p.bias is None else p.bias.detach() for p in projections]
+        return torch.cat(whole).to(self._dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:

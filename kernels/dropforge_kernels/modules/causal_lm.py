@@ -60,8 +60,8 @@ class Decoder:
         """
         if len(policies) != len(self.layers):
             raise ValueError(f"policies must have {len(self.layers)} entries, one per layer; received {len(policies)}")
-        if Keep.OFFLOAD in policies and store is None:
-            raise ValueError("policies: Keep.OFFLOAD needs a store; received None")
+        if store is None and any(keep.on_host for keep in policies):
+            raise ValueError("policies: those that keep something on the host need a store; received None")
         self.policies, self.mlp_tile, self.store = list(policies), mlp_tile, store
 
     def hidden(self, batch: Batch) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """One pre-norm decoder layer with LoRA adapters as a single autograd function whose backward is written by hand.
 
 What the backward needs is kept, or computed again, as ``Keep`` says; norms and activations are always computed again,
-because that costs a pass over memory that the products around them hide. Attention is the one piece left to autograd:
-its output carries its own small graph (q, k, v, output, log-sum-exp), which is part of what a layer keeps.
+because that costs a pass over memory that the products around them hide.
 
 Legend: as in ``layer``; d... is the gradient of the loss with respect to ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dropforge_kernels.modules import projection
 from dropforge_kernels.modules.activation import gated, gated_backward
-from dropforge_kernels.modules.joint_attention import attend
+from dropforge_kernels.modules.joint_attention import Attended, attend, attend_again, attend_backward
 from dropforge_kernels.modules.layer import Frame, Layer, Weights
 from dropforge_kernels.modules.norm import Norm
 from dropforge_kernels.modules.policy import Keep
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 class AttentionState:
     """What the attention half leaves for its backward."""
 
-    qkv: torch.Tensor
-    """Leaf of attention's own graph."""
-    out: torch.Tensor
-    """(T, heads D), with that graph."""
+    attended: Attended
     low_qkv: torch.Tensor | None
     low_o: torch.Tensor | None
     branch: torch.Tensor | None
@@ -53,15 +50,27 @@ class MlpState:
     branch: torch.Tensor | None = None
 
 
-def attention_half(layer: Layer, x: torch.Tensor, weights: Weights, frame: Frame) -> AttentionState:
-    """x (T, H) -> y and what the backward needs."""
+@dataclass(frozen=True)
+class KeptOutput:
+    """All that ``Keep.OUTPUT`` keeps of the attention half."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def attention_half(
+    layer: Layer, x: torch.Tensor, weights: Weights, frame: Frame, kept: KeptOutput | None = None
+) -> AttentionState:
+    """x (T, H) -> y and what the backward needs. kept: from an earlier run, so that attention does not run again."""
     normed, _ = layer.input_norm.forward(x)
     qkv, low_qkv = projection.forward(layer.qkv, normed, weights.qkv)
     del normed
-    with torch.enable_grad():
-        out = attend(layer.attention, qkv.requires_grad_(), frame)
-    y, low_o, branch = _branch(layer, layer.o, layer.attention_end, out.detach(), weights.o, x)
-    return AttentionState(qkv, out, low_qkv, low_o, branch, y)
+    if kept is None:
+        attended = attend(layer.attention, qkv, frame)
+    else:
+        attended = attend_again(layer.attention, qkv, frame, kept.out, kept.lse)
+    y, low_o, branch = _branch(layer, layer.o, layer.attention_end, attended.out, weights.o, x)
+    return AttentionState(attended, low_qkv, low_o, branch, y)
 
 
 def _branch(
@@ -133,14 +142,21 @@ def _branch_gradient(layer: Layer, end: Norm | None, dtotal: torch.Tensor, branc
 
 
 def attention_backward(
-    layer: Layer, dy: torch.Tensor, x: torch.Tensor, state: AttentionState, weights: Weights, *, wants_dx: bool
+    layer: Layer,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    state: AttentionState,
+    weights: Weights,
+    frame: Frame,
+    *,
+    wants_dx: bool,
 ) -> tuple[torch.Tensor | None, Gradients, Gradients]:
     """(dx or None, gradients of qkv's adapters, of o's)."""
     dbranch = _branch_gradient(layer, layer.attention_end, dy, state.branch)
     dout, dlow = projection.backward_inputs(layer.o, dbranch, weights.o)
-    o = projection.backward_adapters(layer.o, dbranch, dlow, state.out.detach(), state.low_o)
+    o = projection.backward_adapters(layer.o, dbranch, dlow, state.attended.out, state.low_o)
     del dbranch
-    (dqkv,) = torch.autograd.grad(state.out, state.qkv, dout)
+    dqkv = attend_backward(layer.attention, dout, state.attended, frame)
     del dout
     dnormed, dlow = projection.backward_inputs(layer.qkv, dqkv, weights.qkv, wants_dx=wants_dx)
     normed, rstd = layer.input_norm.forward(x)
@@ -159,29 +175,57 @@ class _DecoderLayer(torch.autograd.Function):
         weights = layer.weights()
         attention = attention_half(layer, x, weights, frame)
         out, mlp = mlp_half(layer, attention.y, weights, None if keep is Keep.ALL else frame.mlp_tile)
-        ctx.layer, ctx.frame, ctx.keep, ctx.store = layer, frame, keep, store
+        ctx.layer, ctx.frame = layer, frame
         ctx.attention = attention if keep in (Keep.ALL, Keep.ATTENTION) else None
         ctx.mlp = mlp if keep is Keep.ALL else MlpState()
-        ctx.ticket = store.put(x) if keep is Keep.OFFLOAD and store is not None else None
-        ctx.save_for_backward(*(() if ctx.ticket is not None else (x,)))
+        ctx.kept = _keep_rest(ctx, x, attention, keep, store if keep.on_host else None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer, frame = ctx.layer, ctx.frame
-        x = ctx.store.get(ctx.ticket) if ctx.ticket is not None else ctx.saved_tensors[0]
-        weights = layer.weights()
-        attention = ctx.attention or attention_half(layer, x, weights, frame)
-        mlp, ctx.attention, ctx.mlp = ctx.mlp, None, MlpState()
         with torch.autocast(dout.device.type, enabled=False):
             dout = dout.contiguous()
+            x, kept = ctx.kept(ctx.saved_tensors)
+            weights = layer.weights()
+            attention = ctx.attention or attention_half(layer, x, weights, frame, kept)
+            mlp, ctx.attention, ctx.mlp, ctx.kept = ctx.mlp, None, MlpState(), None
             dy, gate_up, down = mlp_backward(layer, dout, attention.y, mlp, weights, frame.mlp_tile)
             del dout, mlp
-            dx, qkv, o = attention_backward(layer, dy, x, attention, weights, wants_dx=ctx.needs_input_grad[0])
+            dx, qkv, o = attention_backward(layer, dy, x, attention, weights, frame, wants_dx=ctx.needs_input_grad[0])
         groups = ((layer.qkv, qkv), (layer.o, o), (layer.gate_up, gate_up), (layer.down, down))
         gradients = [gradient for group, made in groups for gradient in made.per_parameter(group)]
         return (dx, None, None, None, None, *gradients)
+
+
+Kept = tuple[torch.Tensor, KeptOutput | None]
+
+
+def _keep_rest(
+    ctx: Any, x: torch.Tensor, attention: AttentionState, keep: Keep, store: HostStore | None
+) -> Callable[[tuple[torch.Tensor, ...]], Kept]:
+    """Puts x, and the attention's output where only that is kept, away. Returns what brings them back, once, from the
+    context's saved tensors (which it does not hold itself: that would be a cycle).
+    """
+    out, lse = attention.attended.out, attention.attended.lse
+    if keep not in (Keep.OUTPUT, Keep.OFFLOAD_OUTPUT) or lse is None:
+        # Where attention keeps autograd's graph there is no output to go on from: it runs again.
+        lse = None
+    if store is None:
+        ctx.save_for_backward(x, *(() if lse is None else (out, lse)))
+        return lambda saved: (saved[0], None if len(saved) == 1 else KeptOutput(saved[1], saved[2]))
+    x_ticket = store.put(x)
+    if lse is None:
+        return lambda saved: (store.get(x_ticket), None)
+    out_ticket = store.put(out)
+    ctx.save_for_backward(lse)
+
+    def bring(saved: tuple[torch.Tensor, ...]) -> Kept:
+        back = store.get(out_ticket)
+        return store.get(x_ticket), KeptOutput(back, saved[0])
+
+    return bring
 
 
 def decoder_layer(
@@ -189,9 +233,9 @@ def decoder_layer(
 ) -> torch.Tensor:
     """x (T, H) in the compute dtype -> the layer's output, differentiable in x and the layer's adapters.
 
-    keep: what the backward finds and what it computes again; OFFLOAD needs ``store``. The backward runs once.
+    keep: what the backward finds and what it computes again; the OFFLOAD ones need ``store``. The backward runs once.
     """
-    if keep is Keep.OFFLOAD and store is None:
-        raise ValueError("decoder_layer: keep=Keep.OFFLOAD needs a store; received None")
+    if keep.on_host and store is None:
+        raise ValueError(f"decoder_layer: keep=Keep.{keep.name} needs a store; received None")
     out: torch.Tensor = _DecoderLayer.apply(x, layer, frame, keep, store, *layer.parameters)
     return out

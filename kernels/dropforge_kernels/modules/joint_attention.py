@@ -1,10 +1,20 @@
 """Attention of a hand-written layer: from the joint projection qkv to the attention's output, rotation included.
 
+Three ways, by what the batch is and where it lies:
+
+    packed   ``ops.packed_attention`` for rows of several documents and for capped scores; one gradient in one piece
+    dense    cuDNN for rows of one document each, without window and cap
+    graph    whatever ``ops.attention`` or ``ops.packed_attention`` do elsewhere, differentiated by autograd
+
+The first two need only qkv, the output and the log-sum-exp for their backward, and qkv can be multiplied out again; so
+a layer may keep the output alone and never run its attention twice. The third keeps a small graph of its own.
+
 Legend: T tokens, H query heads, G key-value heads, D head width; qkv (T, (H + 2 G) D).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +25,142 @@ from dropforge_kernels.ops import attention, packed_attention, qk_norm_rope, rop
 from dropforge_kernels.ops._heads import launch_forward, launch_norm_backward
 from dropforge_kernels.ops.packed_attention import packed_attention_backward, packed_attention_forward
 
+CUDNN_WIDTH = 128
+"""Widest head that cuDNN's attention takes on Hopper in both directions."""
 
-def attend(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> torch.Tensor:
-    """qkv -> attention's output (T, H D), differentiable. Rotates in qkv's own memory where it can: nobody else may
-    need qkv. Packed rows (and capped scores) take ``packed_attention``, dense rows whatever ``attention`` chooses.
-    """
-    if frame.bounds is not None and choose("attend", qkv).backend is Backend.TRITON:
-        out: torch.Tensor = _JointAttention.apply(qkv, shape, frame)
-        return out
+
+@dataclass
+class Attended:
+    """What an attention leaves for its backward."""
+
+    qkv: torch.Tensor
+    """With q and k rotated in place, unless they are normed first. With ``graph``: the leaf of that graph."""
+    out: torch.Tensor
+    """(T, H D)."""
+    lse: torch.Tensor | None
+    """The log-sum-exp in the form that the way's own backward reads; None with ``graph``."""
+    graph: torch.Tensor | None = None
+    """The output with autograd's graph behind it."""
+
+
+def way(shape: AttentionShape, frame: Frame, x: torch.Tensor) -> str:
+    """ "packed", "dense" or "graph" for a layer whose tensors are like x."""
+    if choose("attend", x).backend is not Backend.TRITON:
+        return "graph"
+    if frame.bounds is not None:
+        return "packed"
+    half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    plain = shape.window is None and shape.softcap is None
+    return "dense" if half and plain and shape.width <= CUDNN_WIDTH and shape.width % 8 == 0 else "graph"
+
+
+def attend(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> Attended:
+    """The forward. Takes qkv over: nobody else may need it."""
+    how = way(shape, frame, qkv)
+    if how == "graph":
+        with torch.enable_grad():
+            graph = _differentiable(shape, qkv.requires_grad_(), frame)
+        return Attended(qkv, graph.detach(), None, graph)
+    q, k, v = _parts(shape, qkv)
+    q, k = _rotated(shape, frame, q, k)
+    if how == "packed":
+        assert frame.bounds is not None
+        out, lse = packed_attention_forward(q, k, v, frame.bounds, shape.scale, shape.window, shape.softcap)
+        return Attended(qkv, out.view(qkv.shape[0], -1), lse)
+    q, k, v = (_rows(t, frame) for t in (q, k, v))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, False, scale=shape.scale
+    )
+    return Attended(qkv, out.transpose(1, 2).reshape(qkv.shape[0], -1), lse)
+
+
+def attend_again(
+    shape: AttentionShape, qkv: torch.Tensor, frame: Frame, out: torch.Tensor, lse: torch.Tensor
+) -> Attended:
+    """What ``attend`` left, from its kept output and a qkv multiplied out again. Not for way "graph"."""
+    if shape.q_norm is None:
+        q, k, _ = _parts(shape, qkv)
+        _rotated(shape, frame, q, k)
+    return Attended(qkv, out, lse)
+
+
+def attend_backward(shape: AttentionShape, dout: torch.Tensor, state: Attended, frame: Frame) -> torch.Tensor:
+    """dqkv from dout (T, H D), contiguous."""
+    if state.graph is not None:
+        (dqkv,) = torch.autograd.grad(state.graph, state.qkv, dout)
+        return dqkv
+    assert state.lse is not None
+    raw = _parts(shape, state.qkv)
+    q, k, v = raw
+    if shape.q_norm is not None:
+        q, k = _rotated(shape, frame, q, k)
+    dqkv = torch.empty_like(state.qkv)
+    dq, dk, dv = into = _parts(shape, dqkv)
+    if frame.bounds is not None:
+        heads = (q.shape[0], shape.heads, shape.width)
+        packed_attention_backward(
+            dout.view(heads), q, k, v, state.out.view(heads), state.lse, frame.bounds,
+            shape.scale, shape.window, shape.softcap, into,
+        )  # fmt: skip
+    else:
+        for target, made in zip(into, _cudnn_backward(shape, dout, q, k, v, state, frame), strict=True):
+            _rows(target, frame).copy_(made)
+    table = frame.tables[shape.angles]
+    if shape.q_norm is None or shape.k_norm is None:
+        launch_forward(dq, dk, table=table, inplace=True, sign=-1)
+        return dqkv
+    norm = shape.q_norm
+    launch_norm_backward(
+        dq, dk, raw[0], raw[1], (norm.weight, shape.k_norm.weight), eps=norm.eps, offset=norm.offset,
+        weight_gradient=False, table=table, inplace=True,
+    )  # fmt: skip
+    return dqkv
+
+
+def _cudnn_backward(
+    shape: AttentionShape, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Attended,
+    frame: Frame,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dq, dk, dv), each (B, heads, S, D)."""
+    dout, out = (_rows(t.view(-1, shape.heads, shape.width), frame) for t in (dout, state.out))
+    q, k, v = (_rows(t, frame) for t in (q, k, v))
+    # Dropout is off, so the state of the random generator is an argument without meaning.
+    seed = torch.empty((), dtype=torch.int64, device=q.device)
+    length = q.shape[2]
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    made = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, state.lse, seed, seed, None, None, None, length, length, 0.0, True, scale=shape.scale
+    )
+    return made
+
+
+def _rows(x: torch.Tensor, frame: Frame) -> torch.Tensor:
+    """(T, heads, D) as (B, heads, S, D)."""
+    return x.unflatten(0, (frame.rows, -1)).transpose(1, 2)
+
+
+def _parts(shape: AttentionShape, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views (T, heads, D) of q, k and v."""
+    joint = qkv.view(qkv.shape[0], shape.heads + 2 * shape.groups, shape.width)
+    q, k, v = joint.split((shape.heads, shape.groups, shape.groups), dim=1)
+    return q, k, v
+
+
+def _rotated(
+    shape: AttentionShape, frame: Frame, q: torch.Tensor, k: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k rotated in place, or normed and rotated into new memory."""
+    table = frame.tables[shape.angles]
+    if shape.q_norm is None or shape.k_norm is None:
+        return launch_forward(q, k, table=table, inplace=True)
+    norm = shape.q_norm
+    return launch_forward(
+        q, k, weights=(norm.weight, shape.k_norm.weight), eps=norm.eps, offset=norm.offset,
+        llama=norm.rounding == "llama", table=table,
+    )  # fmt: skip
+
+
+def _differentiable(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> torch.Tensor:
     tokens = qkv.shape[0]
     q, k, v = _parts(shape, qkv)
     cos, sin = frame.tables[shape.angles]
@@ -36,67 +174,3 @@ def attend(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> torch.Tens
         return packed_attention(q, k, v, frame.bounds, **options).reshape(tokens, -1)
     q, k, v = (t.reshape(frame.rows, tokens // frame.rows, *t.shape[1:]) for t in (q, k, v))
     return attention(q, k, v, **options).reshape(tokens, -1)
-
-
-def _parts(shape: AttentionShape, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views (T, heads, D) of q, k and v."""
-    joint = qkv.view(qkv.shape[0], shape.heads + 2 * shape.groups, shape.width)
-    q, k, v = joint.split((shape.heads, shape.groups, shape.groups), dim=1)
-    return q, k, v
-
-
-class _JointAttention(torch.autograd.Function):
-    """Packed attention on qkv as a whole, so that its gradient is written in one piece. Saves qkv, out and lse.
-
-    Without head norms qkv holds rotated q and k afterwards; with them q and k are normed and rotated once more in the
-    backward, which costs less than keeping them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, shape: AttentionShape, frame: Frame) -> torch.Tensor:
-        assert frame.bounds is not None
-        q, k, v = _parts(shape, qkv)
-        q, k = _rotated(shape, frame, q, k)
-        out, lse = packed_attention_forward(q, k, v, frame.bounds, shape.scale, shape.window, shape.softcap)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.shape, ctx.frame = shape, frame
-        return out.view(qkv.shape[0], -1)
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        qkv, out, lse = ctx.saved_tensors
-        shape, frame = ctx.shape, ctx.frame
-        q, k, v = raw = _parts(shape, qkv)
-        if shape.q_norm is not None:
-            q, k = _rotated(shape, frame, q, k)
-        dqkv = torch.empty_like(qkv)
-        into = _parts(shape, dqkv)
-        packed_attention_backward(
-            dout.view(out.shape), q, k, v, out, lse, frame.bounds, shape.scale, shape.window, shape.softcap, into
-        )
-        dq, dk, _ = into
-        table = frame.tables[shape.angles]
-        if shape.q_norm is None or shape.k_norm is None:
-            launch_forward(dq, dk, table=table, inplace=True, sign=-1)
-            return dqkv, None, None
-        norm = shape.q_norm
-        before_q, before_k, *_ = launch_norm_backward(
-            dq, dk, raw[0], raw[1], (norm.weight, shape.k_norm.weight), eps=norm.eps, offset=norm.offset,
-            weight_gradient=False, table=table,
-        )  # fmt: skip
-        dq.copy_(before_q)
-        dk.copy_(before_k)
-        return dqkv, None, None
-
-
-def _rotated(
-    shape: AttentionShape, frame: Frame, q: torch.Tensor, k: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    table = frame.tables[shape.angles]
-    if shape.q_norm is None or shape.k_norm is None:
-        return launch_forward(q, k, table=table, inplace=True)
-    norm = shape.q_norm
-    return launch_forward(
-        q, k, weights=(norm.weight, shape.k_norm.weight), eps=norm.eps, offset=norm.offset,
-        llama=norm.rounding == "llama", table=table,
-    )  # fmt: skip

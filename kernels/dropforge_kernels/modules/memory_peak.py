@@ -1,9 +1,9 @@
 """The peak of a training step, followed through forward, loss and backward layer by layer. No torch.
 
-All layers are alike, so a plan is four numbers: how many layers, from the first on, give their input to the host, keep
-only their input, keep attention too, keep everything. In this order memory falls fastest in the backward: what the last
-layers keep is free again when the layers that compute everything anew need room. The formulas mirror
-``decoder_layer`` and ``causal_lm``; every term is bytes per token of what is alive at that moment.
+All layers are alike, so a plan is how many layers, from the first on, follow each policy, those that keep least first.
+In this order memory falls fastest in the backward: what the last layers keep is free again when the layers that compute
+everything anew need room. The formulas mirror ``decoder_layer``, ``joint_attention`` and ``causal_lm``; every term is
+bytes per token of what is alive at that moment.
 
 Legend: as in ``model_shape``; B = bytes of a value of the compute dtype.
 """
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from dropforge_kernels.modules.model_shape import ModelShape, Training
 
 B = 2
+ADAPTER_BYTES = 4 + B
+"""Of an adapter's value: the fp32 master and the engine's copy."""
 LOSS_BUDGET = 400 << 20
 """The fused loss's logits (ops/_head_chunks.py, frozen head)."""
 WORKSPACE = 96 << 20
@@ -23,16 +25,23 @@ WORKSPACE = 96 << 20
 
 @dataclass(frozen=True)
 class Counts:
-    """Layers by policy, in the order of the layers."""
+    """Layers by policy (``policy.Keep``), in the order of the layers."""
 
-    offload: int
-    recompute: int
-    attention: int
-    keep: int
+    offload: int = 0
+    offload_output: int = 0
+    recompute: int = 0
+    output: int = 0
+    attention: int = 0
+    keep: int = 0
 
     @property
     def layers(self) -> int:
-        return self.offload + self.recompute + self.attention + self.keep
+        return self.offload + self.offload_output + self.recompute + self.output + self.attention + self.keep
+
+    @property
+    def host_tensors(self) -> int:
+        """Tensors as large as a layer's input that go to the host, the attention's output taken for one."""
+        return self.offload + 2 * self.offload_output
 
 
 @dataclass(frozen=True)
@@ -40,29 +49,33 @@ class LayerBytes:
     """Per token."""
 
     x: int
+    output: int
+    """The attention's output."""
+    lse: int
+    """Log-sum-exp."""
     attention: int
     """What attention's half leaves: q k v, output, log-sum-exp, y, low-rank products, branch."""
     mlp: int
     """gate and up, low-rank products, branch."""
     gated: int
     attention_backward: int
-    """Beyond attention's half: gradient of the output, of q k v, flash attention's expanded dk, dv and fp32 dq."""
+    """Beyond attention's half: gradients of the output, of q, k, v and of the joined q k v, and dq in fp32."""
 
     @classmethod
     def of(cls, shape: ModelShape, training: Training) -> LayerBytes:
         q, k, h = shape.queries * B, shape.keys * B, shape.hidden * B
-        qkv, branch = q + 2 * k, h if shape.end_norms else 0
-        normed_heads = q + k if shape.head_norms else 0
+        joined, lse, branch = q + 2 * k, 4 * shape.heads, h if shape.end_norms else 0
         low = B * training.rank("q_proj", "k_proj", "v_proj", "o_proj")
         low_mlp = B * training.rank("gate_proj", "up_proj", "down_proj")
-        kernel = 3 * q + 2 * q  # dq, dk and dv of every head, dq again in fp32
-        joined = q + 2 * k + qkv  # dq, dk, dv and the gradient of the joined q k v
+        normed_heads = 2 * (q + k) if shape.head_norms else 0
         return cls(
             x=h,
-            attention=qkv + q + 4 * shape.heads + h + low + branch + normed_heads,
+            output=q,
+            lse=lse,
+            attention=joined + q + lse + h + low + branch,
             mlp=2 * shape.intermediate * B + low_mlp + branch,
             gated=shape.intermediate * B,
-            attention_backward=q + max(kernel, joined) + normed_heads,
+            attention_backward=q + 2 * joined + 2 * q + normed_heads,
         )
 
 
@@ -98,10 +111,10 @@ def peak(shape: ModelShape, training: Training, counts: Counts, *, tokens: int, 
     activations = walk.worst(counts, loss)
     return Peak(
         weights=training.weight_bytes(shape),
-        adapters=(4 + B) * trained + training.optimizer_bytes(shape) + gradients,
+        adapters=ADAPTER_BYTES * trained + training.optimizer_bytes(shape) + gradients,
         buffers=scratch + tables + WORKSPACE,
         activations=activations,
-        host=counts.offload * each.x * tokens,
+        host=(counts.offload * each.x + counts.offload_output * (each.x + each.output)) * tokens,
     )
 
 
@@ -114,9 +127,15 @@ class _Walk:
         self.share = min(1.0, tile / tokens) if tile else 1.0
 
     def worst(self, counts: Counts, loss: int) -> int:
-        x = self.each.x
-        kept = {"offload": 0, "recompute": x, "attention": x + self.each.attention}
-        kept["keep"] = kept["attention"] + self.each.mlp
+        each, x = self.each, self.each.x
+        kept = {
+            "offload": 0,
+            "offload_output": each.lse,
+            "recompute": x,
+            "output": x + each.output + each.lse,
+            "attention": x + each.attention,
+            "keep": x + each.attention + each.mlp,
+        }
         held, done, worst = 0.0, 0, float(self.gradients)
         groups = [(name, getattr(counts, name)) for name in kept if getattr(counts, name)]
         for name, count in groups:
@@ -126,7 +145,7 @@ class _Walk:
             done += count
             held += count * kept[name]
             worst = max(worst, self.tokens * (held + self._backward(name)) + self._made(done))
-        last = 2 * x if groups and groups[-1][0] == "offload" else x
+        last = x + (self._on_the_way(groups[-1][0]) if groups else 0)
         # the last layer's output, its norm, its gradient; then the gradient twice and the norm's own
         worst = max(worst, self.tokens * (held + last + 2 * x + 28) + loss, self.tokens * (held + last + 3 * x))
         return int(worst)
@@ -135,24 +154,32 @@ class _Walk:
         """Adapter gradients there are once the backward has come down to this layer, counted from 1."""
         return self.gradients * (self.layers - layer) / self.layers
 
+    def _on_the_way(self, name: str) -> int:
+        """Tensors of one layer that are being copied to or from the host."""
+        each = self.each
+        return {"offload": each.x, "offload_output": each.x + each.output}.get(name, 0)
+
     def _forward(self, name: str) -> float:
         """Beyond what earlier layers keep."""
         each = self.each
         share = 1.0 if name == "keep" else self.share
         mlp = share * (each.mlp + each.gated + each.x) + (each.x if self.tiled and name != "keep" else 0)
-        inputs = 2 * each.x if name == "offload" else each.x
-        return inputs + each.attention + mlp
+        return each.x + self._on_the_way(name) + each.attention + mlp
 
     def _backward(self, name: str) -> float:
         """Beyond what this and earlier layers keep; the layer's own kept tensors are counted by the caller."""
         each = self.each
-        gradient = each.x
-        again = each.attention if name in ("offload", "recompute") else 0
-        fetched = 2 * each.x if name == "offload" else 0
+        fetched = each.x + self._on_the_way(name) if name in ("offload", "offload_output") else 0
+        again = {
+            "offload": each.attention,
+            "offload_output": each.attention - each.lse,
+            "recompute": each.attention,
+            "output": each.attention - each.output - each.lse,
+        }.get(name, 0)
         if name == "keep":
             mlp = each.x + max(each.gated, 2 * each.x)
             attention: float = each.x + each.attention_backward - each.mlp
         else:
             mlp = int(self.share * (each.x + each.mlp + max(each.gated, 2 * each.x))) + (each.x if self.tiled else 0)
             attention = each.x + each.attention_backward
-        return gradient + again + fetched + max(mlp, attention)
+        return each.x + again + fetched + max(mlp, attention)

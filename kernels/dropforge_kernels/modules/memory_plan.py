@@ -1,9 +1,10 @@
 """Chooses what every layer keeps, from the model's sizes, the batch and the memory there is. No torch, no GPU.
 
 Computing everything anew costs about a third more time; keeping everything costs about 90 KiB per token and layer of an
-8B model. In between the plan keeps as much as fits: everything in as many of the last layers as possible, then
-attention in as many of those before, then only the layers' inputs, and in host memory those for which even that is too
-much. Among all such plans that fit it takes the one that adds the least time. Long batches compute the MLP in tiles.
+8B model. In between the plan keeps as much as fits: everything in the last layers, attention in those before, then for
+long sequences the attention's output, which spares the second run of attention, then only the layers' inputs; and what
+even that is too much for goes to host memory. Of all such plans that fit it takes the one that adds the least work, and
+of equals the one that moves least. Long batches compute the MLP in tiles.
 
     plan = plan_memory(shape, training, tokens=16384, budget=76 * GIB, host=64 * GIB)
     plan.policies, plan.mlp_tile, plan.predicted_peak, plan.lines()
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from dropforge_kernels.modules.memory_peak import Counts, Peak, peak
+from dropforge_kernels.modules.memory_peak import ADAPTER_BYTES, B, Counts, Peak, peak
 from dropforge_kernels.modules.model_shape import ModelShape, Training, Work
 from dropforge_kernels.modules.policy import Keep
 
@@ -25,9 +26,9 @@ CUDA_CONTEXT = 640 << 20
 """What a process's CUDA context and loaded kernels take beside the allocator."""
 ALLOCATOR_SLACK = 0.03
 """Share of the budget left to the allocator's rounding and gaps."""
-TILES = (None, 32768, 16384, 8192, 4096, 2048, 1024)
-OFFLOAD_COST = 0.02
-"""Of a layer's work: what moving its input costs at most when the copies hide behind it."""
+TILES = (None, 32768, 8192, 2048, 1024)
+OUTPUT_FROM = 4096
+"""Mean sequence length from which attention's second run is worth keeping its output for."""
 TILE_COST = 0.01
 """Of the MLP's work, per halving below 32,768 rows: smaller products."""
 
@@ -71,6 +72,11 @@ class MemoryPlan:
         """Pinned host memory the store needs."""
         return self.predicted.host
 
+    @property
+    def store_depth(self) -> int:
+        """Tensors of one layer that go to the host, for ``HostStore``."""
+        return 2 if Keep.OFFLOAD_OUTPUT in self.policies else 1
+
     def lines(self) -> list[str]:
         """The plan in a few sentences."""
         made, asked = self.predicted, self.request
@@ -87,7 +93,9 @@ class MemoryPlan:
         if self.mlp_tile is not None:
             lines.append(f"  the MLP is computed {self.mlp_tile:,} tokens at a time")
         if made.host:
-            lines.append(f"  {_gib(made.host)} of host memory hold layer inputs; the copies hide behind the computing")
+            lines.append(
+                f"  {_gib(made.host)} of host memory hold what layers gave away; the copies hide behind the computing"
+            )
         if self.extra_work > 0:
             lines.append(f"  computing again adds about {100 * self.extra_work:.0f}% of the step's work")
         if not self.fits:
@@ -116,8 +124,8 @@ def plan_memory(
 
     tokens: of one micro-batch, padding included. document: mean length of a sequence in it (all of it by default).
     budget: bytes this process may allocate on the device in all, what it has allocated already included, the CUDA
-    context left out. host: bytes of host memory that may be pinned. resident: bytes of weights, adapter masters and
-    whatever else lies there already, when measured; predicted otherwise.
+    context left out. host: bytes of host memory that may be pinned. resident: bytes allocated once the engine is in
+    the model, before the first step (weights, adapters and whatever else lies there), when measured; else predicted.
     Raises ValueError for numbers that are not positive.
     """
     for name, value in (("tokens", tokens), ("budget", budget)):
@@ -130,12 +138,13 @@ def plan_memory(
     usable = _usable(budget)
     best: tuple[float, Counts, int | None] | None = None
     for tile in tiles_for(tokens):
-        for counts in _candidates(request, tile, usable):
+        counts = _cheapest(request, tile, usable)
+        if counts is not None:
             cost = extra_work(shape, counts, tile, document=request.document)
-            if best is None or cost < best[0]:
+            if best is None or (cost, counts.host_tensors) < (best[0], best[1].host_tensors):
                 best = (cost, counts, tile)
-        if best is not None and best[0] == 0:
-            break
+            if cost == 0:
+                break
     if best is None:
         return _made(request, _least(request), tiles_for(tokens)[-1], fits=False)
     return _made(request, best[1], best[2], fits=True)
@@ -182,11 +191,11 @@ def tiles_for(tokens: int) -> tuple[int | None, ...]:
 
 
 def extra_work(shape: ModelShape, counts: Counts, tile: int | None, *, document: int) -> float:
-    """Work done twice, and what copies and tiles cost, as a share of forward and backward."""
+    """Work done twice, and what tiles cost, as a share of forward and backward."""
     work = Work.of(shape, document=document)
-    again = work.gate_up + work.attention
-    lost = counts.attention * work.gate_up + counts.recompute * again
-    lost += counts.offload * (again + OFFLOAD_COST * work.whole / 2)
+    without_scores = work.gate_up + work.projections
+    lost = counts.attention * work.gate_up + (counts.output + counts.offload_output) * without_scores
+    lost += (counts.recompute + counts.offload) * (without_scores + work.scores)
     if tile is not None:
         halvings = max(1, (65536 // tile).bit_length() - 1)
         lost += (shape.layers - counts.keep) * TILE_COST * halvings * 1.5 * work.gate_up
@@ -194,27 +203,45 @@ def extra_work(shape: ModelShape, counts: Counts, tile: int | None, *, document:
     return lost / (shape.layers * work.whole + head)
 
 
-def _candidates(request: Request, tile: int | None, usable: int) -> Iterator[Counts]:
-    """For every number of layers that keep everything: the most that keep attention beside them, inputs on the device
-    or, as few as possible, in host memory."""
-    layers = request.shape.layers
-    per_layer = request.tokens * request.shape.hidden * 2
-    most_offloaded = layers if not per_layer else min(layers, request.host // per_layer)
+def _cheapest(request: Request, tile: int | None, usable: int) -> Counts | None:
+    """The counts that fit and add the least work, for one tile size; None when none fit."""
+    shape, layers = request.shape, request.shape.layers
+    most_moved = request.host // max(1, _tensor_bytes(request))
+
+    def cost(counts: Counts) -> float:
+        return extra_work(shape, counts, tile, document=request.document)
 
     def fits(counts: Counts) -> bool:
         return _peak(request, counts, tile).total <= usable
 
-    def split(keep: int, attention: int, offload: int) -> Counts:
-        rest = layers - keep - attention
-        return Counts(min(offload, rest), rest - min(offload, rest), attention, keep)
+    pairs = [(keep, attention) for keep in range(layers + 1) for attention in range(layers + 1 - keep)]
+    bounds = sorted((cost(_split(layers, *pair, layers - sum(pair), 0)), pair) for pair in pairs)
+    best: Counts | None = None
+    for bound, pair in bounds:
+        if best is not None and bound >= cost(best):
+            break
+        if not fits(_split(layers, *pair, 0, most_moved)):
+            continue
+        rest = layers - sum(pair) if request.document >= OUTPUT_FROM else 0
+        outputs = _most(lambda n, p=pair: fits(_split(layers, *p, n, most_moved)), 0, rest)  # type: ignore[misc]
+        moved = -_most(lambda n, p=pair, o=outputs: fits(_split(layers, *p, o, -n)), -most_moved, 0)  # type: ignore[misc]
+        found = _split(layers, *pair, outputs, moved)
+        if best is None or (cost(found), moved) < (cost(best), best.host_tensors):
+            best = found
+    return best
 
-    for keep in range(layers, -1, -1):
-        for offload in {0, most_offloaded}:
-            if not fits(split(keep, 0, offload)):
-                continue
-            attention = _most(lambda n, k=keep, o=offload: fits(split(k, n, o)), 0, layers - keep)  # type: ignore[misc]
-            fewest = -_most(lambda n, k=keep, a=attention: fits(split(k, a, -n)), -offload, 0)  # type: ignore[misc]
-            yield split(keep, attention, fewest)
+
+def _split(layers: int, keep: int, attention: int, outputs: int, moved: int) -> Counts:
+    """``outputs`` of the layers that are left keep the attention's output; up to ``moved`` tensors go to the host,
+    inputs of layers that keep nothing else first."""
+    plain = layers - keep - attention - outputs
+    offload = min(plain, moved)
+    offload_output = min(outputs, (moved - offload) // 2)
+    return Counts(offload, offload_output, plain - offload, outputs - offload_output, attention, keep)
+
+
+def _tensor_bytes(request: Request) -> int:
+    return request.tokens * max(request.shape.hidden, request.shape.queries) * B
 
 
 def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
@@ -229,29 +256,34 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _least(request: Request) -> Counts:
-    layers = request.shape.layers
-    offload = min(layers, request.host // max(1, request.tokens * request.shape.hidden * 2))
-    return Counts(offload, layers - offload, 0, 0)
+    return _split(request.shape.layers, 0, 0, 0, request.host // max(1, _tensor_bytes(request)))
 
 
 def _peak(request: Request, counts: Counts, tile: int | None) -> Peak:
     found = peak(request.shape, request.training, counts, tokens=request.tokens, tile=tile)
     if request.resident is None:
         return found
-    masters = 4 * request.training.trained_values(request.shape)
-    return replace(found, weights=max(0, request.resident - masters))
+    return replace(
+        found, weights=max(0, request.resident - ADAPTER_BYTES * request.training.trained_values(request.shape))
+    )
 
 
 def _usable(budget: int) -> int:
     return int(budget * (1 - ALLOCATOR_SLACK))
 
 
+def policies_of(counts: Counts) -> tuple[Keep, ...]:
+    """One policy per layer, first to last."""
+    numbers = {
+        Keep.OFFLOAD: counts.offload, Keep.OFFLOAD_OUTPUT: counts.offload_output, Keep.NONE: counts.recompute,
+        Keep.OUTPUT: counts.output, Keep.ATTENTION: counts.attention, Keep.ALL: counts.keep,
+    }  # fmt: skip
+    return tuple(keep for keep, count in numbers.items() for _ in range(count))
+
+
 def _made(request: Request, counts: Counts, tile: int | None, *, fits: bool) -> MemoryPlan:
-    order = (Keep.OFFLOAD, Keep.NONE, Keep.ATTENTION, Keep.ALL)
-    numbers = (counts.offload, counts.recompute, counts.attention, counts.keep)
-    policies = tuple(keep for keep, count in zip(order, numbers, strict=True) for _ in range(count))
     return MemoryPlan(
-        policies=policies,
+        policies=policies_of(counts),
         mlp_tile=None if counts.keep == counts.layers else tile,
         predicted=_peak(request, counts, tile),
         extra_work=extra_work(request.shape, counts, tile, document=request.document),
@@ -261,8 +293,10 @@ def _made(request: Request, counts: Counts, tile: int | None, *, fits: bool) -> 
 
 
 _MEANING = {
-    Keep.OFFLOAD: "computed again from inputs in host memory",
-    Keep.NONE: "computed again from their inputs",
+    Keep.OFFLOAD: "computed again from the input in host memory",
+    Keep.OFFLOAD_OUTPUT: "input and attention's output in host memory, the rest computed again",
+    Keep.NONE: "computed again from the input",
+    Keep.OUTPUT: "attention's output kept, the rest computed again",
     Keep.ATTENTION: "attention kept, the MLP computed again",
     Keep.ALL: "everything kept",
 }
@@ -276,7 +310,8 @@ def _runs(policies: tuple[Keep, ...]) -> Iterator[str]:
     start = 0
     for index in range(1, len(policies) + 1):
         if index == len(policies) or policies[index] is not policies[start]:
-            yield f"layers {start + 1} to {index}: {_MEANING[policies[start]]}"
+            which = f"layer {index}" if index == start + 1 else f"layers {start + 1} to {index}"
+            yield f"{which}: {_MEANING[policies[start]]}"
             start = index
 
 

@@ -137,8 +137,10 @@ class Work:
 
     gate_up: float
     """The forward of gate and up."""
-    attention: float
-    """The forward of q, k, v, o and attention itself."""
+    projections: float
+    """The forward of q, k, v and o."""
+    scores: float
+    """The forward of attention itself."""
     whole: float
     """Forward and backward with frozen weights, nothing computed twice."""
 
@@ -149,4 +151,4 @@ class Work:
         projections = 2.0 * shape.hidden * (2 * shape.queries + 2 * shape.keys)
         scores = 2.0 * document * shape.queries
         down = 2.0 * shape.hidden * shape.intermediate
-        return cls(gate_up, projections + scores, 2 * (gate_up + projections + down) + 3.5 * scores)
+        return cls(gate_up, projections, scores, 2 * (gate_up + projections + down) + 3.5 * scores)

@@ -1,10 +1,11 @@
 """Layer inputs in host memory between forward and backward, moved on side streams while the layers compute.
 
-Forward: ``put`` copies a tensor to pinned memory on its own stream; the tensor stays alive until the next ``put``,
-whose layer's work hides the copy, and its memory is given back in the order of the computing stream, so a host that
-queues far ahead of the GPU does not pile tensors up. Backward, in reverse order: ``get`` starts the copy of the tensor
-before the one it returns, so that one layer's backward hides it; the last tensor put is still on the GPU and needs no
-copy. Two tensors at most are on the GPU at a time on either way.
+Forward: ``put`` copies a tensor to pinned memory on its own stream; the tensor stays alive until ``depth`` more were
+put, whose layer's work hides the copy, and its memory is given back in the order of the computing stream, so a host
+that queues far ahead of the GPU does not pile tensors up. Backward, in reverse order: ``get`` starts the copies of the
+``depth`` tensors before the one it returns, so that one layer's backward hides them; the last ones put are still on
+the GPU and need no copy. ``depth`` is the number of tensors that a layer puts; at most so many are on either way,
+beside those in use.
 
 Pinned memory comes in slabs of powers of two, because the host allocator rounds up to those; a tensor may lie across
 slabs. The method is activation offloading with prefetch (Rhu et al. 2016, arXiv 1602.08124), for layer inputs alone.
@@ -12,8 +13,9 @@ slabs. The method is activation offloading with prefetch (Rhu et al. 2016, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,24 +35,33 @@ class Ticket:
     device: torch.device
 
 
+class _Here(NamedTuple):
+    """A tensor on the GPU on its way to or from the host."""
+
+    ticket: Ticket
+    tensor: torch.Tensor
+    copied: torch.cuda.Event | None
+    """After the copy; None on the CPU."""
+
+
 class HostStore:
     """Tensors of one forward. Not thread-safe; tensors are fetched in the reverse order of their storing.
 
-    capacity: bytes that will be needed (tokens x layers x hidden x bytes of a value), allocated at the first ``put``
-    or by ``reserve``; more is added when that turns out too little. CPU tensors are copied to ordinary memory.
+    capacity: bytes that will be needed (of all tensors of a forward), allocated at the first ``put`` or by ``reserve``;
+    more is added when that turns out too little. depth: tensors that one layer puts. CPU tensors are copied to ordinary
+    memory.
     """
 
-    def __init__(self, *, capacity: int = 0) -> None:
+    def __init__(self, *, capacity: int = 0, depth: int = 1) -> None:
         self._wanted = capacity
+        self._depth = depth
         self._slabs: list[torch.Tensor] = []
         self._generation = 0
         self._tickets: list[Ticket] = []
         self._used = 0
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
-        self._held: tuple[Ticket, torch.Tensor, torch.cuda.Event | None] | None = None
-        """The tensor put last and the event after its copy."""
-        self._coming: tuple[Ticket, torch.Tensor, torch.cuda.Event | None] | None = None
-        """The tensor on its way back and the event after its copy."""
+        self._here: dict[int, _Here] = {}
+        """By ticket number: put last and perhaps not copied yet, or on the way back."""
 
     @property
     def capacity(self) -> int:
@@ -80,13 +91,12 @@ class HostStore:
         ticket = Ticket(len(self._tickets), self._generation, self._used, torch.empty_like(x, device="meta"), x.device)
         self._tickets.append(ticket)
         self._used += x.nbytes
-        self._drop(self._held)
-        copied = self._copy(ticket, x, to_host=True)
-        self._held = (ticket, x, copied)
+        self._drop(number for number in list(self._here) if number <= ticket.number - self._depth)
+        self._here[ticket.number] = _Here(ticket, x, self._copy(ticket, x, to_host=True))
         return ticket
 
     def get(self, ticket: Ticket) -> torch.Tensor:
-        """The tensor's values, bit for bit; starts bringing the one before it. A ticket is good for one ``get``.
+        """The tensor's values, bit for bit; starts bringing those before it. A ticket is good for one ``get``.
 
         Raises RuntimeError for a ticket of an earlier forward (``clear`` was called since).
         """
@@ -95,34 +105,24 @@ class HostStore:
                 "HostStore.get: this tensor was given up when the next forward began; run each backward before the "
                 "next forward of the same model"
             )
-        found = self._held if self._held is not None and self._held[0] is ticket else None
-        if found is not None:
-            self._held = None
-        else:
-            self._drop(self._held)
-            self._held = None
-            found = self._coming if self._coming is not None and self._coming[0] is ticket else None
-            if found is None:
-                self._drop(self._coming)
-                found = self._fetch(ticket)
-            self._coming = None
-        _wait(found[2], ticket.device)
-        if ticket.number > 0 and self._coming is None:
-            self._coming = self._fetch(self._tickets[ticket.number - 1])
-        return found[1]
+        self._drop(number for number in list(self._here) if number > ticket.number)
+        found = self._here.pop(ticket.number, None) or self._fetch(ticket)
+        for number in range(ticket.number - 1, max(-1, ticket.number - 1 - self._depth), -1):
+            if number not in self._here:
+                self._here[number] = self._fetch(self._tickets[number])
+        _wait(found)
+        return found.tensor
 
     def clear(self) -> None:
         """Forget every tensor; the slabs stay. Tickets handed out so far are void."""
-        self._drop(self._held)
-        self._drop(self._coming)
-        self._held = self._coming = None
+        self._drop(list(self._here))
         self._tickets = []
         self._used = 0
         self._generation += 1
 
-    def _fetch(self, ticket: Ticket) -> tuple[Ticket, torch.Tensor, torch.cuda.Event | None]:
+    def _fetch(self, ticket: Ticket) -> _Here:
         x = torch.empty_like(ticket.like, device=ticket.device)
-        return ticket, x, self._copy(ticket, x, to_host=False)
+        return _Here(ticket, x, self._copy(ticket, x, to_host=False))
 
     def _copy(self, ticket: Ticket, x: torch.Tensor, *, to_host: bool) -> torch.cuda.Event | None:
         """Queue the copy behind what the current stream holds so far; the event after it, None on the CPU."""
@@ -162,15 +162,16 @@ class HostStore:
                 yield slab[low - base : high - base]
             base += slab.numel()
 
-    def _drop(self, entry: tuple[Ticket, torch.Tensor, torch.cuda.Event | None] | None) -> None:
+    def _drop(self, numbers: Iterable[int]) -> None:
         """Before a tensor's last reference goes: whoever gets its memory next must come after the copy."""
-        if entry is not None:
-            _wait(entry[2], entry[0].device)
+        for number in numbers:
+            _wait(self._here.pop(number))
 
 
-def _wait(done: torch.cuda.Event | None, device: torch.device) -> None:
-    if done is not None:
-        torch.cuda.current_stream(device).wait_event(done)
+def _wait(entry: _Here) -> None:
+    """The current stream goes on after the copy."""
+    if entry.copied is not None:
+        torch.cuda.current_stream(entry.ticket.device).wait_event(entry.copied)
 
 
 def slab_sizes(nbytes: int) -> list[int]:

@@ -123,7 +123,7 @@ def _backward_tiles(
     cos_ptr, sin_ptr, positions_ptr, partial_ptr, partial_row, table_stride, table_rows, tokens, sequence, steps, eps,
     offset, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ROPE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, INPLACE: tl.constexpr,
 ):  # fmt: skip
     """``steps`` tiles of q or of k, and their share of the weight's gradient."""
     pair = tl.arange(0, PAIRS)[None, :]
@@ -183,7 +183,7 @@ def _backward_tiles(
             sum_b += db * (b * rstd)
             if REST > 0:
                 sum_c += dc * (c * rstd)
-        out = ((token * HEADS + head) * D)[:, None]
+        out = dy_start if INPLACE else ((token * HEADS + head) * D)[:, None]
         dtype = dx_ptr.dtype.element_ty
         tl.store(dx_ptr + out + first, (rstd * (ga - a * slope)).to(dtype), mask=mask)
         tl.store(dx_ptr + out + second, (rstd * (gb - b * slope)).to(dtype), mask=mask)
@@ -206,6 +206,7 @@ def norm_backward_kernel(
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     REST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, ROPE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr,
+    INPLACE: tl.constexpr,
 ):  # fmt: skip
     """Gradient through the rotation, then the norm. rstd is computed again from x, which has to be read anyway.
 
@@ -224,12 +225,12 @@ def norm_backward_kernel(
             dq_ptr, q_ptr, q_weight_ptr, dq_in_ptr, dq_batch, dq_token, dq_head, q_batch, q_token, q_head, chunk,
             program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, program * Q_CHUNKS + chunk, table_stride,
             table_rows, tokens, sequence, steps, eps, offset, Q_HEADS, D, HALF, PAIRS, REST, BLOCK_T, BLOCK_N, ROPE,
-            HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT,
+            HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT, INPLACE,
         )  # fmt: skip
     else:
         _backward_tiles(
             dk_ptr, k_ptr, k_weight_ptr, dk_in_ptr, dk_batch, dk_token, dk_head, k_batch, k_token, k_head,
             chunk - Q_CHUNKS, program, programs, cos_ptr, sin_ptr, positions_ptr, partial_ptr, k_row, table_stride,
             table_rows, tokens, sequence, steps, eps, offset, K_HEADS, D, HALF, PAIRS, REST, BLOCK_T, BLOCK_N, ROPE,
-            HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT,
+            HAS_WEIGHT, HAS_POSITIONS, INTERLEAVED, WEIGHT_GRADIENT, INPLACE,
         )  # fmt: skip

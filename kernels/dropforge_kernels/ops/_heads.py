@@ -122,14 +122,21 @@ def launch_norm_backward(
     table: tuple[torch.Tensor, torch.Tensor] | None = None,
     positions: torch.Tensor | None = None,
     interleaved: bool = False,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(dq, dk, dq_weight, dk_weight) for inputs before the norm; the weight gradients are None unless asked for."""
+    """(dq, dk, dq_weight, dk_weight) for inputs before the norm; the weight gradients are None unless asked for.
+
+    inplace: the result takes the place of dq and dk, whose strides then are those of the result.
+    """
+    if inplace and not dq.stride(-1) == dk.stride(-1) == 1:
+        raise ValueError("qk_norm: inplace needs dq and dk with a contiguous last dimension")
     dq, dq_strides = strides(dq)
     dk, dk_strides = strides(dk)
     q, q_strides = strides(q)
     k, k_strides = strides(k)
-    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
+    q_out, k_out = dq, dk
+    if not inplace:
+        q_out, k_out = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
     tokens, sequence = sizes(q)
     heads_q, heads_k, width = q.shape[-2], k.shape[-2], q.shape[-1]
     cut = tile(heads_q, heads_k, width, None if table is None else table[0].shape[-1])
@@ -147,7 +154,7 @@ def launch_norm_backward(
             *dq_strides, *dk_strides, *q_strides, *k_strides, *_table_sizes(cos),
             tokens, sequence, -(-blocks // programs), eps, offset,
             heads_q, heads_k, width, cut.half, cut.pairs, cut.rest, cut.block_t, cut.block_n, table is not None,
-            weights[0] is not None, positions is not None, interleaved, weight_gradient, num_warps=cut.warps,
+            weights[0] is not None, positions is not None, interleaved, weight_gradient, inplace, num_warps=cut.warps,
         )  # fmt: skip
     q_rows = programs * q_chunks if tokens else 0
     if partial is None:

@@ -86,7 +86,7 @@ PREFERENCE: dict[str, tuple[AttentionBackend, ...]] = {
 }
 """Order of preference on CUDA, measured on an H200 (docs/reference/kernels.md), forward and backward together: cuDNN
 is 1.6 to 1.9 times as fast as FlashAttention 2 on dense rows; flex attention beats it from documents of 2,048 tokens
-on (by 12% to 19%, for heads of at most 128) when its mask is there already, loses with windows, sinks and wide heads.
+on (by 12% to 22%, for heads of at most 128) when its mask is there already, loses with windows, sinks and wide heads.
 FA4 only by name until it is measured. The reference comes last everywhere: it holds the whole score matrix.
 """
 

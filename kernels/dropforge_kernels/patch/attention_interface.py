@@ -26,6 +26,8 @@ from dropforge_kernels import ops
 from dropforge_kernels.patch.spec import PatchError
 
 NAME = "dropforge"
+WIDEST = 256
+"""Head width up to which ``ops.packed_attention`` works."""
 
 
 def register_attention() -> str:
@@ -105,7 +107,11 @@ def attention_forward(
     }  # fmt: skip
     if not packed:
         return ops.attention(q, k, v, **options), None
-    rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    if causal and s_aux is None and q.shape[-1] <= WIDEST:
+        bounds = ops.document_bounds(cu_seq_lens_q, rows[0].shape[0])
+        out = ops.packed_attention(*rows, bounds, scale=scaling, window=sliding_window, softcap=softcap or None)
+        return out.view(q.shape), None
     out = ops.attention(*rows, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q, validate=False, **options)
     return out.view(q.shape), None
 

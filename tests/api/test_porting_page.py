@@ -1,0 +1,19 @@
+"""docs/guides/porting.md names every argument and function that a ported script can meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dropforge
+from dropforge.fast_extras import ADAPTER, LOADING
+from dropforge.trainer_arguments import RENAMED, WITHOUT_EFFECT
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "porting.md"
+
+
+def test_every_name_is_on_the_page():
+    text = PAGE.read_text(encoding="utf-8")
+    names = [*LOADING, *ADAPTER, *RENAMED, *WITHOUT_EFFECT]
+    names += [name for name in dropforge._LAZY if not name.startswith(("FastVision", "FastSentence"))]
+    missing = [name for name in names if f"`{name}" not in text and name not in text]
+    assert missing == []

@@ -1,0 +1,167 @@
+"""Runs every test of fault_table.py and writes the results: `make test-faults`.
+
+docs/reference/fault-tests.json holds what was measured, fault-tests.md is made from it. With numbers (`fault_report.py 3 12`)
+only those are run again; each result carries the commit and the day of its own run. Tests of the image run with
+`--image`, after `make image-test` has built it. `--page` only writes the page again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fault_table import EXTRA, FAULTS, Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "reference" / "fault-tests.json"
+PAGE = ROOT / "docs" / "reference" / "fault-tests.md"
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one test function of the table did, all its cases together."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    measured: list[str] = field(default_factory=list)
+    commit: str = ""
+    day: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("numbers", nargs="*", type=int, help="faults to try; default: all")
+    parser.add_argument("--image", action="store_true", help="also the tests that need the container image")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page from the results")
+    options = parser.parse_args(arguments)
+    known = read_results()
+    failed = 0
+    if not options.page:
+        chosen = [fault for fault in FAULTS if not options.numbers or fault.number in options.numbers]
+        wanted = {test for fault in chosen for test in fault.tests} | (set(EXTRA) if not options.numbers else set())
+        for is_image in [False, True] if options.image else [False]:
+            tests = sorted(test for test in wanted if test.startswith("image/") is is_image)
+            if tests:
+                outcomes = run(tests)
+                failed += sum(outcome.failed for outcome in outcomes.values())
+                known["tests"].update({test: asdict(outcome) for test, outcome in outcomes.items()})
+        known["machine"] = machine()
+        RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    PAGE.write_text(page(known), encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)}: {summary(known)}")
+    return 1 if failed else 0
+
+
+def read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"tests": {}, "machine": ""}
+
+
+def machine() -> str:
+    release = platform.release().split("-")[0]
+    return f"{os.cpu_count()} CPU cores, Linux {release}, Python {platform.python_version()}"
+
+
+def run(tests: Sequence[str]) -> dict[str, Outcome]:
+    """Every case of the test functions, in one run of pytest, one after another."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not gpu", "-o", "junit_family=xunit1", "-p", "no:cacheprovider",
+                   f"--junitxml={report}", *(f"tests/{test}" for test in tests)]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, check=False)
+        return read_report(report, tests) if report.exists() else {}
+
+
+def read_report(report: Path, tests: Sequence[str]) -> dict[str, Outcome]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    outcomes = {test: Outcome(commit=commit, day=datetime.now(UTC).date().isoformat()) for test in tests}
+    for case in ElementTree.parse(report).iter("testcase"):
+        test = f"{str(case.get('file')).removeprefix('tests/')}::{str(case.get('name')).partition('[')[0]}"
+        outcome = outcomes.get(test)
+        if outcome is None:
+            continue
+        outcome.seconds = round(outcome.seconds + float(case.get("time", 0)), 1)
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed += 1
+        elif case.find("skipped") is not None:
+            outcome.skipped += 1
+        else:
+            outcome.passed += 1
+        outcome.measured += [str(item.get("value")) for item in case.iter("property") if item.get("name") == "measured"]
+    return outcomes
+
+
+def outcome_of(fault: Fault, known: dict[str, Any]) -> str:
+    results = [known["tests"].get(test) for test in fault.tests]
+    if any(result and result["failed"] for result in results):
+        return "**failed**"
+    passed = sum(bool(result and result["passed"]) for result in results)
+    if passed == len(results):
+        return "passed"
+    return f"passed {passed} of {len(results)}, the others not run" if passed else "not run"
+
+
+def page(known: dict[str, Any]) -> str:
+    parts = [
+        HEAD.format(machine=known["machine"] or "no machine yet"),
+        "| # | what happens | what must hold | result | cases | measured |\n|---|---|---|---|---|---|",
+    ]
+    for fault in FAULTS:
+        results = [known["tests"][test] for test in fault.tests if test in known["tests"]]
+        cases = sum(result["passed"] for result in results)
+        measured = "; ".join(text for result in results for text in result["measured"])
+        where = f" Not here: {fault.elsewhere}." if fault.elsewhere else ""
+        parts.append(
+            f"| {fault.number} | {fault.what} | {fault.rule} | {outcome_of(fault, known)} | {cases} | {measured}{where} |"
+        )
+    parts.append("\nMeasured in the same run:\n")
+    for test in EXTRA:
+        for text in known["tests"].get(test, {"measured": []})["measured"]:
+            parts.append(f"- {test.partition('::')[2].removeprefix('test_').replace('_', ' ')}: {text}")
+    parts.append(
+        "\n## Tests\n\n| # | test | passed | failed | skipped | seconds | run |\n|---|---|---|---|---|---|---|"
+    )
+    for fault in FAULTS:
+        parts += [_line(fault.number, test, known["tests"].get(test)) for test in fault.tests]
+    return "\n".join(parts) + "\n"
+
+
+HEAD = """<!-- Generated by `make test-faults` from fault-tests.json; do not edit. -->
+
+# Faults and attacks
+
+What the queue is tested against, and how it did. `make test-faults` runs all of it ({machine}); the fast ones are part of
+`make test`. Tests of the container need an image and run with `--image` after `make image-test`. A test that needs a GPU or
+another machine is named with its script; what was never run says so.
+"""
+
+
+def _line(number: int, test: str, result: dict[str, Any] | None) -> str:
+    name = f"`tests/{test}`"
+    if result is None:
+        return f"| {number} | {name} | | | | | not run |"
+    counts = " | ".join(str(result[key]) for key in ("passed", "failed", "skipped", "seconds"))
+    return f"| {number} | {name} | {counts} | {result['day']}, {result['commit']} |"
+
+
+def summary(known: dict[str, Any]) -> str:
+    results = [outcome_of(fault, known) for fault in FAULTS]
+    return ", ".join(f"{results.count(result)} {result}" for result in sorted(set(results)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

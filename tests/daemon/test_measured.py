@@ -1,0 +1,104 @@
+"""What the daemon costs: idle, and under 20,000 files at once. Slow, and meant for a quiet machine: `make test-faults`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from daemon_harness import places, spec_text, wait_until
+from dropforge.daemon.control import Switch, set_switch
+from dropforge.daemon.singleton import daemon_is_alive
+from dropforge.daemon.watcher import SettleTracker, look
+from dropforge.paths import DataRoot
+
+pytestmark = pytest.mark.slow
+MIB = 1 << 20
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> int:
+    """Resident bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def watch(root: DataRoot, **environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "dropforge", "watch"], stderr=subprocess.DEVNULL,
+        env={**os.environ, "DROPFORGE_DATA": str(root.path), "DROPFORGE_DEVICE": "cpu", **environment},
+    )  # fmt: skip
+
+
+def test_an_idle_daemon_costs_nothing(root: DataRoot, record_property) -> None:
+    """The daemon as users run it; the warm runner beside it is a process of its own, which only waits."""
+    daemon = watch(root)
+    try:
+        wait_until(lambda: daemon_is_alive(root))
+        time.sleep(30)  # the warm runner has imported everything
+        before, began = cpu_seconds(daemon.pid), time.monotonic()
+        time.sleep(60)
+        share = (cpu_seconds(daemon.pid) - before) / (time.monotonic() - began)
+        resident = memory(daemon.pid)
+    finally:
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait(60)
+    record_property("measured", f"{100 * share:.2f} % of a core, {resident / MIB:.0f} MiB")
+    assert share < 0.01
+    assert resident < 80 * MIB
+
+
+GOOD, BAD = 10_000, 10_000
+
+
+def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
+    """10,000 good and 10,000 bad ones: all accounted for, the first job at once, memory flat, a look below 0.2 s."""
+    for number in range(BAD):
+        (root.inbox / f"a-bad-{number:05}.yaml").write_text(spec_text(f"bad-{number}", extra="nonsense: 1\n"))
+    for number in range(GOOD):
+        (root.inbox / f"good-{number:05}.yaml").write_text(spec_text(f"good-{number} steps-1 delay-1"))
+    tracker, looks = SettleTracker(root, settle_seconds=5), []
+    for now in range(3):
+        started = time.process_time()
+        tracker.update(look(root), now=now * 6.0)
+        looks.append(time.process_time() - started)
+    began = time.monotonic()
+    peak, first = 0, 0.0
+    daemon = watch(root, DROPFORGE_POLL_SECONDS="1")
+    try:
+        wait_until(lambda: places_of_first(root), seconds=120)
+        first = time.monotonic() - began
+        set_switch(root, Switch.PAUSE, on=True)
+        resident = [memory(daemon.pid)]
+        while any(name.name.endswith(".yaml") for name in os.scandir(root.inbox)):
+            assert time.monotonic() - began < 1200, "it did not end"
+            time.sleep(2)
+            resident.append(memory(daemon.pid))
+        peak = max(resident)
+        took = time.monotonic() - began
+    finally:
+        daemon.send_signal(signal.SIGTERM)
+        daemon.wait(120)
+    tickets = sum(len(ids) for ids in places(root).values())
+    rejected = len(list(root.rejected.iterdir()))
+    record_property("measured", f"first start after {first:.1f} s (5 s of them settling), all taken after {took:.0f} s, daemon at "
+                                f"most {peak / MIB:.0f} MiB, a look {1000 * min(looks):.0f} ms")  # fmt: skip
+    assert (tickets, rejected) == (GOOD, BAD)
+    assert json.loads(root.queue_json.read_text())["queued_more"] >= 0
+    assert min(looks) < 0.4, "20,000 files, so 0.2 s for 10,000"
+    assert peak < 300 * MIB
+    assert first < 10
+
+
+def places_of_first(root: DataRoot) -> bool:
+    return any(next((root.path / folder).glob("*.json"), None) for folder in ("running", "done"))

@@ -1,0 +1,57 @@
+"""The job path with the fast step, on a CPU: what a GPU job does, without graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from dropforge import job, plan
+from dropforge.errors import JobStopped, Reason
+from dropforge.events import RunLog
+from dropforge.files import read_json_lines
+from dropforge.states import State
+from dropforge.stop import StopSignal
+
+OPTIONS = {"train": "max_steps: 8, per_device_train_batch_size: 2, optim: adamw_torch"}
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Jobs pack as on a GPU."""
+    made = plan.make_plan
+    monkeypatch.setattr(job, "make_plan", lambda *a, **k: replace(made(*a, **k), token_budget=1024))
+
+
+def rows_of(run, name):
+    return [row[name] for row in read_json_lines(run.metrics) if name in row]
+
+
+def test_a_packed_job_learns_like_a_padded_one_and_reports(bench, make_spec, packed, monkeypatch):
+    run = bench.run_folder(make_spec(name="packed", **OPTIONS))
+    assert bench.go(run) is State.SUCCEEDED
+    monkeypatch.undo()
+    plain = bench.run_folder(make_spec(name="plain", **OPTIONS))
+    assert bench.go(plain) is State.SUCCEEDED
+    assert rows_of(run, "loss") == pytest.approx(rows_of(plain, "loss"), rel=2e-5)
+    engine = bench.provenance(run)["training"]["engine"]
+    assert "share buckets" in engine["packing"]
+    assert engine["buckets"]
+    assert all(bucket["way"] == "eager" for bucket in engine["buckets"])
+    assert bench.provenance(plain)["training"]["engine"] is None
+    assert any("CUDA graphs need a GPU" in event["text"] for event in bench.events(run, "engine"))
+    assert rows_of(run, "tokens_per_second")
+    assert "bucket shapes captured" in bench.result(run).model_card.read_text()
+
+
+def test_a_stopped_packed_job_ends_with_the_same_bytes(bench, make_spec, packed):
+    whole = bench.run_folder(make_spec(name="whole", **OPTIONS))
+    bench.go(whole)
+    broken = bench.run_folder(make_spec(name="broken", **OPTIONS))
+    stop = StopSignal()
+    log = RunLog(broken)
+    log.metrics = lambda **values: stop.request(Reason.SHUTDOWN) if values.get("step") == 3 else None
+    with pytest.raises(JobStopped) as caught:
+        bench.go(broken, stop=stop, log=log)
+    assert caught.value.reason is Reason.SHUTDOWN
+    assert bench.go(broken) is State.SUCCEEDED
+    assert bench.adapter_hash(broken) == bench.adapter_hash(whole)
