@@ -21,6 +21,7 @@ LOSSES = {
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "num_items_in_batch": 53},
     "cispo of sequences": {"loss_type": "cispo", "epsilon_high": 1.1, "importance_sampling_level": "sequence"},
     "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 2.0},
+    "vespo": {"loss_type": "vespo", "num_items_in_batch": 53, "vespo_k_pos": 1.5, "vespo_lambda_neg": 2.5},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
 }
 VARIANTS = {
@@ -60,6 +61,7 @@ def test_values_and_gradients(device, dtype, loss, variant):
     if loss["loss_type"] in (
         "cispo",
         "sapo",
+        "vespo",
     ):  # delta belongs to the clipped surrogate, epsilon_high means another thing
         variant = {name: value for name, value in variant.items() if name not in ("delta", "epsilon_high")}
     shapes = sizes(device)
@@ -127,6 +129,25 @@ def test_cispo_weights_the_policy_gradient_and_sapo_starts_from_it(device):
     (gradient,) = torch.autograd.grad(ops.grpo_loss(**soft).loss, leaf)
     counted = soft["mask"].sum(1, keepdim=True).clamp_min(1)
     torch.testing.assert_close(gradient, -soft["advantages"][:, None] * soft["mask"] / counted / 4)
+
+
+def test_vespo_weights_a_sequence_by_its_importance(device):
+    """At weight 1 the policy gradient itself; elsewhere every token of a sequence is scaled by w^k e^(lambda (1 - w))."""
+    given = inputs((4, 9), torch.float32, device, loss_type="vespo", num_items_in_batch=1)
+    given["old_logprobs"] = given["logprobs"] + 0.1 * (given["old_logprobs"] - given["logprobs"])
+    leaf = given["logprobs"].requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.grpo_loss(**given).loss, leaf)
+    moved = (leaf - given["old_logprobs"]).detach() * given["mask"]
+    weight = moved.sum(1, keepdim=True).exp()
+    advantage = given["advantages"][:, None]
+    positive = weight**2 * (3 * (1 - weight)).exp()
+    negative = weight**3 * (2 * (1 - weight)).exp()
+    expected = -torch.where(advantage >= 0, positive, negative) * advantage * given["mask"]
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert bool((weight - 1).abs().max() > 0.01)
+    still = given | {"old_logprobs": None}
+    (gradient,) = torch.autograd.grad(ops.grpo_loss(**still).loss, leaf)
+    torch.testing.assert_close(gradient, -advantage * given["mask"])
 
 
 def test_on_policy_gradient_is_that_of_the_policy_gradient(device):
@@ -210,6 +231,7 @@ def test_cuda_graph_capture():
         ({"beta": -0.1}, ValueError, "beta must not be negative"),
         ({"loss_type": "dr_grpo"}, ValueError, "needs max_completion_length; received None"),
         ({"loss_type": "cispo"}, ValueError, "needs epsilon_high, the greatest weight; received None"),
+        ({"vespo_k_neg": 0.0}, ValueError, "vespo's k and lambda must be positive; received 2.0, 0.0"),
         ({"loss_type": "sapo", "delta": 2.0}, ValueError, "delta belongs to the clipped surrogate, not to 'sapo'"),
         ({"loss_type": "sapo", "sapo_temperature_pos": 0.0}, ValueError, "temperatures must be positive; received 0.0"),
     ],

@@ -189,6 +189,24 @@ def test_compiles_without_graph_break(device, backend):
     assert_parity(compiled, partial(step, kind=reference), given, grad=("hidden", "weight"))
 
 
+def test_compiles_with_bias_and_count(device):
+    def step(hidden, weight, target, bias, count, memory_budget, kind=ops):
+        return kind.linear_cross_entropy(
+            hidden, weight, target, bias=bias, count=count, memory_budget=memory_budget, reduction="sum"
+        )
+
+    given = inputs(torch.float32, device)
+    leaves = [given["hidden"].requires_grad_(), torch.zeros(77, device=device, requires_grad=True)]
+    results = []
+    for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), partial(step, kind=reference)):
+        count = torch.zeros((), device=device)
+        loss = run(**given, bias=leaves[1], count=count)
+        results.append([loss, count, *torch.autograd.grad(loss, leaves)])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+    assert count.item() == 26
+
+
 @pytest.mark.parametrize("options", [{}, {"max_valid": 30}])
 @pytest.mark.gpu
 def test_cuda_graph_capture(options):

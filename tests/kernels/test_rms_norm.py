@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from dropforge_kernels import ops, reference
+from dropforge_kernels.ops._sum_rows import slices_for
 from dropforge_kernels.testing import DTYPES, LAYOUTS, assert_parity, capture_and_replay, random_tensor, row_shapes
 
 FLAVOURS = [("llama", 0.0), ("gemma", 1.0)]
@@ -135,3 +136,12 @@ def test_wrong_arguments_are_refused(change, error, text):
 def test_residual_must_match():
     with pytest.raises(ValueError, match="residual must have the shape of x"):
         ops.add_rms_norm(torch.ones(4, 32), torch.ones(1, 32), torch.ones(32), eps=1e-6)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 20, 48, 84, 108, 127, 128, 132, 188])
+def test_programs_that_wait_leave_room_for_those_they_wait_for(multiprocessors):
+    """One program at least fits on a multiprocessor; if all of them waited, the rest would never start."""
+    waiting = slices_for(multiprocessors) - 1
+    assert 0 <= waiting < multiprocessors
+    if multiprocessors < 128:  # two streams at once; larger GPUs hold two such programs on each multiprocessor
+        assert 2 * waiting < multiprocessors

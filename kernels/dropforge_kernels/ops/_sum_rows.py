@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dropforge_kernels.ops._common import processors
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _kernel(x_ptr, out_ptr, rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -32,8 +34,8 @@ def finish_sum(
     """Called by every program after it stored its row of ``partial``: out[c] = sum over the programs' rows.
 
     counter (2, int32) is zero before and after. The last SLICES programs to come here wait for those still under way
-    (at most SLICES - 1, which run already or come next, so the wait ends) and share the columns. The order of the sum
-    is that of the rows, whoever computes it.
+    (fewer than SLICES wait, so one of the others always has room: ``slices_for``) and share the columns. The order of
+    the sum is that of the rows, whoever computes it.
     """
     tl.debug_barrier()
     programs = tl.num_programs(0)
@@ -59,10 +61,15 @@ def finish_sum(
 
 
 def finish_cut(x: torch.Tensor, warps: int) -> tuple[int, int, int]:
-    """(SLICES, BLOCK_R, BLOCK_C) of ``finish_sum``: 8 values a thread at a time. One slice in the interpreter, which
-    runs programs one after the other.
+    """(SLICES, BLOCK_R, BLOCK_C) of ``finish_sum``: 8 values a thread at a time."""
+    return (slices_for(processors(x.device)) if x.is_cuda else 1), warps * 16, 16
+
+
+def slices_for(multiprocessors: int) -> int:
+    """How many programs may wait for others. They must leave room for those they wait for, and a multiprocessor holds
+    at least one program: no more than there are multiprocessors, on small GPUs half as many, for two streams at once.
     """
-    return (128 if x.is_cuda else 1), warps * 16, 16
+    return 128 if multiprocessors >= 128 else max(1, multiprocessors // 2)
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}

@@ -8,25 +8,25 @@ Legend: B sequences, T tokens; everything below only over tokens with mask 1; ad
     l_bt = s_bt + beta k_bt
     s_bt = -min(min(r, delta) a, clip(r, 1 - epsilon, 1 + epsilon_high) a)                     (clipped surrogate)
            -constant(min(r, epsilon_high)) a logp_bt                                           (cispo)
+           -constant(phi_b) a logp_bt,    phi = w^k exp(lambda (1 - w)), w_b = exp(sum_t (logp - old))  (vespo)
            -4 / tau sigmoid(tau (r - 1)) a,    tau one of two temperatures: a > 0, a <= 0      (sapo)
     k_bt = exp(ref_bt - logp_bt) - (ref_bt - logp_bt) - 1                                      (k3 estimator of KL to
     the reference)
 
     grpo     mean over b of (sum_t l_bt / tokens_b)          dr_grpo  sum l / (B max_completion_length)
     sapo     as grpo                                         luspo    mean over b of sum_t l_bt
-    bnpo     sum l / tokens of this batch                    dapo, cispo   sum l / num_items_in_batch (default: tokens
-    of this batch)
+    bnpo     sum l / tokens of this batch                    dapo, cispo, vespo   sum l / num_items_in_batch
+    (default: tokens of this batch)
 
 Exponents are clamped to +-20, divisors are at least 1, masked tokens never enter an exponential. Sources:
 DeepSeekMath (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071),
 two-sided clipping: INTELLECT-2 (arXiv:2505.07291), CISPO: MiniMax-M1 (arXiv:2506.13585), SAPO (arXiv:2511.20347),
-LUSPO (arXiv:2602.05261); names as in TRL's GRPOConfig."""
+LUSPO (arXiv:2602.05261), VESPO (arXiv:2602.10693); names as in TRL's GRPOConfig."""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 
 from dropforge_kernels import reference
 from dropforge_kernels.checks import (
@@ -39,121 +39,13 @@ from dropforge_kernels.checks import (
     check_tensor,
 )
 from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.ops._policy_kernels import policy_loss_kernel
 from dropforge_kernels.ops.cross_entropy import items_tensor
 from dropforge_kernels.ops.linear_cross_entropy import scale_gradient
 from dropforge_kernels.reference.grpo_loss import LEVELS, LOSS_TYPES, GrpoLoss, ratio_bounds
 
 OP = "grpo_loss"
-LIMIT = tl.constexpr(20.0)
 MASKS = frozenset({torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32})
-
-
-@triton.jit
-def _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA: tl.constexpr):
-    """(loss, d loss / d log ratio) of the clipped surrogate."""
-    bounded = ratio
-    slope = tl.where(inside, ratio, 0.0)
-    if HAS_DELTA:
-        bounded = tl.minimum(ratio, delta)
-        slope = tl.where(ratio > delta, 0.0, slope)
-    free = bounded * advantage
-    held = tl.minimum(tl.maximum(ratio, low), high) * advantage
-    return -tl.minimum(free, held), tl.where(free <= held, -advantage * slope, 0.0)
-
-
-@triton.jit
-def _soft(ratio, inside, advantage, tau):
-    """(loss, d loss / d log ratio) of the soft gate."""
-    gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
-    slope = tl.where(inside, -4.0 * gate * (1.0 - gate) * ratio * advantage, 0.0)
-    return -4.0 / tau * gate * advantage, slope
-
-
-@triton.jit
-def _grpo_kernel(
-    logp_ptr,
-    old_ptr,
-    ref_ptr,
-    advantage_ptr,
-    mask_ptr,
-    gradient_ptr,
-    sums_ptr,
-    T,
-    low,
-    high,
-    delta,
-    beta,
-    tau_positive,
-    tau_negative,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
-    SEQUENCE: tl.constexpr,
-    PER_SEQUENCE_MEAN: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One sequence: gradient (T), and sums[b] = (loss, tokens, kl, clipped low, clipped high)."""
-    b = tl.program_id(0).to(tl.int64)
-    advantage = tl.load(advantage_ptr + b).to(tl.float32)
-    lanes = tl.arange(0, BLOCK)
-    count = tl.zeros([BLOCK], tl.float32)
-    shift = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, T, BLOCK):
-        at = b * T + start + lanes
-        live = tl.load(mask_ptr + at, mask=start + lanes < T, other=0) != 0
-        count += live.to(tl.float32)
-        if SEQUENCE and HAS_OLD:
-            logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float32)
-            shift += logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tokens = tl.sum(count, axis=0)
-    least_one = tl.maximum(tokens, 1.0)
-    mean_shift = tl.sum(shift, axis=0) / least_one
-    weight = 1.0
-    if PER_SEQUENCE_MEAN:
-        weight = 1.0 / least_one
-    tau = tl.where(advantage > 0.0, tau_positive, tau_negative)
-    loss = tl.zeros([BLOCK], tl.float32)
-    kl_sum = tl.zeros([BLOCK], tl.float32)
-    below = tl.zeros([BLOCK], tl.float32)
-    above = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, T, BLOCK):
-        at = b * T + start + lanes
-        here = start + lanes < T
-        live = tl.load(mask_ptr + at, mask=here, other=0) != 0
-        logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float32)
-        log_ratio = tl.zeros([BLOCK], tl.float32)
-        if SEQUENCE:
-            log_ratio += mean_shift
-        elif HAS_OLD:
-            log_ratio = logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
-        inside = tl.abs(log_ratio) <= LIMIT
-        # The propagating clamp: a NaN log-probability must reach the loss.
-        ratio = tl.exp(tl.clamp(log_ratio, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL))
-        if SURROGATE == "cispo":  # the weight is a constant: no gradient through the ratio
-            slope = -tl.minimum(ratio, high) * advantage
-            value = slope * logp
-        elif SURROGATE == "sapo":
-            value, slope = _soft(ratio, inside, advantage, tau)
-        else:
-            value, slope = _clipped(ratio, inside, advantage, low, high, delta, HAS_DELTA)
-        value = tl.where(ratio != ratio, ratio, value)
-        if HAS_REF:
-            difference = tl.load(ref_ptr + at, mask=live, other=0.0).to(tl.float32) - logp
-            e = tl.exp(tl.clamp(difference, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL))
-            kl = e - difference - 1.0
-            value += beta * kl
-            slope += beta * (1.0 - tl.where(tl.abs(difference) <= LIMIT, e, 0.0))
-            kl_sum += tl.where(live, kl, 0.0)
-        loss += tl.where(live, value, 0.0)
-        below += tl.where(live, (ratio < low).to(tl.float32), 0.0)
-        above += tl.where(live, (ratio > high).to(tl.float32), 0.0)
-        tl.store(gradient_ptr + at, tl.where(live, slope * weight, 0.0).to(gradient_ptr.dtype.element_ty), mask=here)
-    tl.store(sums_ptr + b * 5, tl.sum(loss, axis=0) * weight)
-    tl.store(sums_ptr + b * 5 + 1, tokens)
-    tl.store(sums_ptr + b * 5 + 2, tl.sum(kl_sum, axis=0))
-    tl.store(sums_ptr + b * 5 + 3, tl.where(advantage < 0.0, tl.sum(below, axis=0), 0.0))
-    tl.store(sums_ptr + b * 5 + 4, tl.where(advantage > 0.0, tl.sum(above, axis=0), 0.0))
 
 
 @torch.library.custom_op("dropforge::grpo_loss", mutates_args=())
@@ -173,13 +65,17 @@ def _forward(
     max_completion_length: int,
     tau_positive: float,
     tau_negative: float,
+    k_positive: float,
+    k_negative: float,
+    decay_positive: float,
+    decay_negative: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, means (3), 1 / divisor, undivided gradient (B, T) fp32)."""
     batch, length = logprobs.shape
     gradient = torch.empty((batch, length), dtype=torch.float32, device=logprobs.device)
     sums = torch.empty((batch, 5), dtype=torch.float32, device=logprobs.device)
     if batch:
-        _grpo_kernel[(batch,)](
+        policy_loss_kernel[(batch,)](
             logprobs,
             old if old is not None else logprobs,
             ref if ref is not None else logprobs,
@@ -194,12 +90,16 @@ def _forward(
             beta,
             tau_positive,
             tau_negative,
+            k_positive,
+            k_negative,
+            decay_positive,
+            decay_negative,
             HAS_OLD=old is not None,
             HAS_REF=ref is not None,
             HAS_DELTA=delta is not None,
             SEQUENCE=sequence,
             PER_SEQUENCE_MEAN=loss_type in ("grpo", "sapo"),
-            SURROGATE=loss_type if loss_type in ("cispo", "sapo") else "clipped",
+            SURROGATE=loss_type if loss_type in ("cispo", "sapo", "vespo") else "clipped",
             BLOCK=min(1024, triton.next_power_of_2(max(16, length))),
             num_warps=4,
         )
@@ -228,9 +128,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, d_loss, *_: object):
     if d_loss is None:
-        return (None,) * 15
+        return (None,) * 19
     scale, gradient = ctx.saved_tensors
-    return (scale_gradient(gradient, scale, d_loss, ctx.dtype, 1), *(None,) * 14)
+    return (scale_gradient(gradient, scale, d_loss, ctx.dtype, 1), *(None,) * 18)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -253,22 +153,28 @@ def grpo_loss(
     num_items_in_batch: torch.Tensor | float | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> GrpoLoss:
     """Loss of the GRPO family; formulas at the top of this file. Differentiable in ``logprobs`` only.
 
     logprobs, old_logprobs (None: the current ones, ratio 1), ref_logprobs (needed with beta > 0): (B, T) bf16, fp16
     or fp32, of the completion tokens. advantages: (B) float. mask: (B, T), non-zero where a token counts; values
     elsewhere may be anything, NaN too. importance_sampling_level "sequence" with loss_type "grpo" is GSPO.
-    max_completion_length: for dr_grpo. num_items_in_batch: for dapo and cispo. epsilon_high with cispo: the greatest
-    weight itself (5.0 is common), needed. Returns GrpoLoss, all fp32 scalars, kl and the clipped shares detached
-    (cispo clips from above only, sapo nothing). Accumulation fp32; saved for backward: the gradient. No host wait;
-    can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and options."""
+    max_completion_length: for dr_grpo. num_items_in_batch: for dapo, cispo and vespo. epsilon_high with cispo: the
+    greatest weight itself (5.0 is common), needed. Returns GrpoLoss, all fp32 scalars, kl and the clipped shares
+    detached (cispo clips from above only, sapo and vespo nothing). Accumulation fp32; saved for backward: the
+    gradient. No host wait; can be captured. Raises TypeError and ValueError for wrong dtypes, shapes, devices and
+    options."""
     high = epsilon if epsilon_high is None else epsilon_high
     _check(logprobs, advantages, mask, old_logprobs, ref_logprobs)
     _check_options(
         loss_type, importance_sampling_level, epsilon, high, delta, beta, ref_logprobs, max_completion_length
     )
     _check_variants(loss_type, epsilon_high, delta, sapo_temperature_pos, sapo_temperature_neg)
+    _check_gamma(vespo_k_pos, vespo_k_neg, vespo_lambda_pos, vespo_lambda_neg)
     if choose(OP, logprobs, advantages, mask, old_logprobs, ref_logprobs).backend is Backend.REFERENCE:
         return reference.grpo_loss(
             logprobs,
@@ -286,8 +192,12 @@ def grpo_loss(
             num_items_in_batch=num_items_in_batch,
             sapo_temperature_pos=sapo_temperature_pos,
             sapo_temperature_neg=sapo_temperature_neg,
+            vespo_k_pos=vespo_k_pos,
+            vespo_k_neg=vespo_k_neg,
+            vespo_lambda_pos=vespo_lambda_pos,
+            vespo_lambda_neg=vespo_lambda_neg,
         )
-    items = items_tensor(OP, num_items_in_batch, logprobs.device) if loss_type in ("dapo", "cispo") else None
+    items = items_tensor(OP, num_items_in_batch, logprobs.device) if loss_type in ("dapo", "cispo", "vespo") else None
     low, high = ratio_bounds(loss_type, epsilon, high)
     loss, means, _, _ = _forward(
         logprobs.contiguous(),
@@ -305,6 +215,10 @@ def grpo_loss(
         max_completion_length or 0,
         sapo_temperature_pos,
         sapo_temperature_neg,
+        vespo_k_pos,
+        vespo_k_neg,
+        vespo_lambda_pos,
+        vespo_lambda_neg,
     )
     return GrpoLoss(loss, *means.detach().unbind())
 
@@ -343,7 +257,12 @@ def _check_options(loss_type, level, low, high, delta, beta, ref, max_completion
 def _check_variants(loss_type, epsilon_high, delta, tau_positive, tau_negative):
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError(f"{OP}: loss_type 'cispo' needs epsilon_high, the greatest weight; received None")
-    if loss_type in ("cispo", "sapo") and delta is not None:
+    if loss_type in ("cispo", "sapo", "vespo") and delta is not None:
         raise ValueError(f"{OP}: delta belongs to the clipped surrogate, not to {loss_type!r}; received {delta}")
     if not (tau_positive > 0 and tau_negative > 0):
         raise ValueError(f"{OP}: the temperatures must be positive; received {tau_positive} and {tau_negative}")
+
+
+def _check_gamma(*values: float) -> None:
+    if not all(value > 0 for value in values):
+        raise ValueError(f"{OP}: vespo's k and lambda must be positive; received {', '.join(map(str, values))}")

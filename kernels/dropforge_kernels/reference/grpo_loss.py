@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from dropforge_kernels.reference.cross_entropy import widen
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 EXPONENT_LIMIT = 20.0
 
@@ -26,8 +27,8 @@ class GrpoLoss(NamedTuple):
 
 
 def ratio_bounds(loss_type: str, epsilon: float, epsilon_high: float) -> tuple[float, float]:
-    """The ratios beyond which a token counts as clipped: none with sapo; cispo names its upper bound itself."""
-    if loss_type == "sapo":
+    """The ratios beyond which a token counts as clipped: none with sapo and vespo; cispo names its upper one."""
+    if loss_type in ("sapo", "vespo"):
         return 0.0, float("inf")
     return (0.0, epsilon_high) if loss_type == "cispo" else (1 - epsilon, 1 + epsilon_high)
 
@@ -49,6 +50,10 @@ def grpo_loss(
     num_items_in_batch: torch.Tensor | float | None = None,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
 ) -> GrpoLoss:
     """As ops.grpo_loss."""
     logp = widen(logprobs)
@@ -65,6 +70,12 @@ def grpo_loss(
     low, high = ratio_bounds(loss_type, epsilon, epsilon if epsilon_high is None else epsilon_high)
     if loss_type == "cispo":
         per_token = -ratio.clamp(max=high).detach() * advantage * logp
+    elif loss_type == "vespo":
+        total = (logp - old).detach().clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).sum(1, keepdim=True)
+        log_weight = total.clamp(math.log(1e-8), EXPONENT_LIMIT)
+        k = torch.where(advantage >= 0, vespo_k_pos, vespo_k_neg).to(logp.dtype)
+        decay = torch.where(advantage >= 0, vespo_lambda_pos, vespo_lambda_neg).to(logp.dtype)
+        per_token = -(decay + k * log_weight - decay * log_weight.exp()).exp() * advantage * logp
     elif loss_type == "sapo":
         tau = torch.where(advantage > 0, sapo_temperature_pos, sapo_temperature_neg).to(logp.dtype)
         per_token = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
