@@ -16,6 +16,7 @@ from _report import LOSSES, PEERS, Cases, cases, share_of, time_of
 PAGES = [Path(__file__).parents[2] / "docs" / "reference" / name for name in ("kernels.md", "kernels-losses.md")]
 LARGE = "16384"
 MUST = 0.85
+ATTENTION = ("attention", "packed_attention")
 RIVALS = ("liger", "unsloth")
 MARKED = re.compile(r"(<!-- table (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -32,7 +33,7 @@ def _us(time: float | None) -> str:
 
 
 def _is_own_table(op: str) -> bool:
-    return op in LOSSES or op.startswith(("attention", "nf4", "fp8", "adamw"))
+    return op in LOSSES or op.startswith(ATTENTION) or op.startswith(("nf4", "fp8", "adamw"))
 
 
 def memory_bound(found: Cases) -> str:
@@ -55,7 +56,7 @@ def attention(found: Cases) -> str:
     rows = []
     for (op, direction, shape, _), providers in found.items():
         ours = time_of(providers.get("ours"))
-        if ours is None or not op.startswith("attention"):
+        if ours is None or not op.startswith(ATTENTION):
             continue
         each = ", ".join(f"{p} {time_of(r):,.0f}" for p, r in providers.items() if p != "ours" and time_of(r))
         share = f"{share_of(providers['ours']):.2f}"
