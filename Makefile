@@ -18,7 +18,7 @@ LOCK_IMAGE := $(BIN)/uv pip compile -q pyproject.toml --extra train --only-binar
 SCRIPTS := entrypoint.sh $(wildcard docker/*.sh docker/services/*.sh)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup llama demo test test-slow test-faults test-gpu bench bench-steps lint format docs lock clean \
+.PHONY: help setup llama demo test test-slow test-faults test-gpu bench bench-steps bench-train lint format docs lock clean \
         image image-test up down shell
 
 help: ## show this list
@@ -51,13 +51,22 @@ test-faults: $(READY) ## try the 40 faults and attacks of the queue; results int
 	@$(BIN)/python tests/daemon/fault_report.py $(FAULTS)
 
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
-	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/doctor -m gpu
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/doctor tests/fast_step -m gpu
 
 # ENGINES=base,liger,unsloth,base also measures the peers, each in its own process, where they are installed
 ENGINES ?= base
 bench: ## measure the kernels on this machine's GPU; results under kernels/benchmarks/results
 	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py run --engines $(ENGINES) \
 	  --commit "$$(git rev-parse --short HEAD)"
+
+# MODELS, DATA and TRAINERS are lists with commas; peers must be installed for this python3
+MODELS ?= qwen3-0.6b
+DATA ?= alpaca
+TRAINERS ?= dropforge_packed,dropforge
+bench-train: ## measure whole trainers on this machine's GPU; results under kernels/benchmarks/results
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m benchmarks.trainers.run run --models-dir $(HOME)/.cache/dropforge/random-models \
+	  --csv kernels/benchmarks/results/$$(date +%F)-trainers.csv --commit "$$(git rev-parse --short HEAD)" \
+	  --models $(MODELS) --data $(DATA) --engines $(TRAINERS) -- --profile
 
 # ARGS='--engines ours,unsloth,ours --weights nf4 --shapes 8x2048 --rounds 3'; the other words: python -m steps --help
 bench-steps: ## measure whole training steps of an 8B model against the peers that are installed; same folder

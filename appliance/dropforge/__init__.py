@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from dropforge.models.new_tokens import add_new_tokens as add_new_tokens
     from dropforge.trainers import DropforgeTrainer as DropforgeTrainer
     from dropforge.trainers import DropforgeTrainingArguments as DropforgeTrainingArguments
+    from dropforge.trainers_preference import PatchDPOTrainer as PatchDPOTrainer
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "FastLanguageModel": "dropforge.fast_language_model",
     "FastModel": "dropforge.fast_model",
+    "PatchDPOTrainer": "dropforge.trainers_preference",
     "DropforgeTrainer": "dropforge.trainers",
     "DropforgeTrainingArguments": "dropforge.trainers",
     "add_new_tokens": "dropforge.models.new_tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,11 @@ def choose_targets(
     target_modules: str | Iterable[str] | None,
     modules_to_save: Iterable[str] | None,
     switches: Switches | None = None,
+    section: str = "",
 ) -> Targets:
     """Names checked against the model. None means the seven projections where the model has them, else all-linear.
 
+    section: what stands before the arguments' names in errors.
     Raises ModelError adapter-target-unknown; CommandError api-target-parts for a part of a fused layer.
     """
     leaves = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
@@ -78,8 +80,8 @@ def choose_targets(
         saved = [name for name in saved if name not in EMBEDDINGS] + [EMBEDDINGS[0]]
     else:
         tied = False
-    check_modules(model, argument="target_modules", names=names)
-    check_modules(model, argument="modules_to_save", names=saved)
+    check_modules(model, argument=f"{section}target_modules", names=names)
+    check_modules(model, argument=f"{section}modules_to_save", names=saved)
     if switches is not None and not switches.all:
         names = _switched(model, names, switches)
     return Targets(modules=names, saved=saved, tied=tied)

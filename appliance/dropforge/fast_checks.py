@@ -60,8 +60,12 @@ def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str]
             code="adapter-target-unknown",
             where=argument,
             why=f"its modules are {', '.join(sorted(known))}",
-            fix=f"did you mean {near[0]!r}?" if near else "use 'all-linear', or names from that list",
+            fix=f"did you mean {near[0]!r}?" if near else _choices(argument),
         )
+
+
+def _choices(argument: str) -> str:
+    return "use names from that list" + (", or 'all-linear'" if argument.endswith("target_modules") else "")
 
 
 def check_kernels(kernels: str) -> None:
@@ -107,7 +111,7 @@ def check_layers(config: Any, *, layers: int | Iterable[int] | None, argument: s
     return chosen
 
 
-def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto_class: Any) -> None:
+def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto_class: Any, remote_code: bool) -> None:
     """An adapter's targets must exist in the base it is put on, and have its sizes. Looks at an empty model.
 
     Raises ModelError: adapter-target-unknown, adapter-wrong-size.
@@ -115,7 +119,7 @@ def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto
     import torch
 
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, trust_remote_code=remote_code)
     targets = adapter.get("target_modules")
     name = f"{folder.name}/adapter_config.json"
     if isinstance(targets, list):

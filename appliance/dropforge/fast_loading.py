@@ -79,7 +79,10 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     length = _length(request, config, repairs)
     kind = model_kind(config, auto_model=request.auto_model, only_causal=request.only_causal)
     if adapter is not None:
-        check_adapter(adapter.config, folder=adapter.path, config=config, auto_class=kind.auto_class)
+        check_adapter(
+            adapter.config, folder=adapter.path, config=config, auto_class=kind.auto_class,
+            remote_code=request.trust_remote_code,
+        )  # fmt: skip
     processor = load_processor(_tokenizer_folder(adapter, source), kind, repair=request.fix_tokenizer, repairs=repairs)
     compute, overflows = _compute_dtype(asked, config, repairs)
     model = _load_weights(request, source, config=config, kind=kind, compute=compute)

@@ -7,8 +7,10 @@ from typing import Any
 
 
 def give_methods(model: Any) -> None:
-    """save_pretrained_merged, save_pretrained_gguf."""
-    from dropforge import fast_saving
+    """save_pretrained_merged, save_pretrained_gguf, push_to_hub_merged, push_to_hub_gguf."""
+    from dropforge import fast_pushing, fast_saving
 
     model.save_pretrained_merged = types.MethodType(fast_saving.save_pretrained_merged, model)
     model.save_pretrained_gguf = types.MethodType(fast_saving.save_pretrained_gguf, model)
+    model.push_to_hub_merged = types.MethodType(fast_pushing.push_to_hub_merged, model)
+    model.push_to_hub_gguf = types.MethodType(fast_pushing.push_to_hub_gguf, model)

@@ -19,6 +19,7 @@ FP16_OVERFLOW = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n
                  "gpt_oss", "glm4_moe", "qwen3_moe", "qwen3_5", "qwen3_5_text", "qwen3_5_moe")  # fmt: skip
 _TINY = 1e-16
 _SHOWN = 5
+_ROWS = 16384
 
 
 def compute_dtype(asked: torch.dtype, *, model_type: str, bf16: bool) -> tuple[torch.dtype, str | None]:
@@ -40,10 +41,11 @@ def untrained_rows(weight: torch.Tensor) -> torch.Tensor:
     import torch
 
     with torch.no_grad():
-        zero = weight.abs().amax(dim=1) <= _TINY
+        parts = weight.split(_ROWS)  # a large vocabulary is looked at piece by piece
+        zero = torch.cat([part.abs().amax(dim=1) <= _TINY for part in parts])
         generator = torch.Generator(device=weight.device).manual_seed(0)
         direction = torch.randn(weight.shape[1], generator=generator, device=weight.device, dtype=torch.float64)
-        keys = torch.cat([part.double() @ direction for part in weight.split(16384)])
+        keys = torch.cat([part.double() @ direction for part in parts])
         order = keys.argsort(stable=True)
         near = (keys[order[1:]] == keys[order[:-1]]).nonzero().flatten()
         equal = (weight[order[near]] == weight[order[near + 1]]).all(dim=1)
@@ -114,20 +116,32 @@ def _tables(model: Any) -> list[Any]:
     return found
 
 
-def warn_of_untrained(dataset: Any, model: Any, state: ModelState, *, rows: int = 2000) -> list[int]:
-    """Untrained tokens in the first rows of a tokenised data set, while the embedding is frozen: said, and returned."""
-    columns = getattr(dataset, "column_names", None) or ()
-    if not state.untrained or "input_ids" not in columns or not isinstance(columns, list):
-        return []
+def warn_of_untrained(dataset: Any, model: Any, state: ModelState) -> None:
+    """A log line when a tokenised data set uses untrained tokens while the embedding is frozen."""
+    line = untrained_in(dataset, model, state.tokenizer, known=state.untrained)
+    if line:
+        LOG.warning("%s: call dropforge.fix_untrained_tokens(model), or train embed_tokens and lm_head too", line)
+
+
+def untrained_in(
+    dataset: Any, model: Any, tokenizer: Any, *, known: frozenset[int] | None = None, rows: int = 2000
+) -> str | None:
+    """Untrained tokens in the first rows of a tokenised data set, in words; None without any, or when they are trained.
+
+    known: ids of untrained tokens; None looks for them in the embedding.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or "input_ids" not in columns:
+        return None
     if any(parameter.requires_grad for layer in _tables(model) for parameter in layer.parameters()):
-        return []
+        return None
+    if known is None:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+        known = frozenset(untrained_rows(weight).tolist()) if weight is not None else frozenset()
     found: set[int] = set()
-    for ids in dataset.select(range(min(rows, len(dataset))))["input_ids"]:
-        found |= state.untrained.intersection(ids)
-    if found:
-        tokens = ", ".join(repr(state.tokenizer.convert_ids_to_tokens(index)) for index in sorted(found)[:_SHOWN])
-        LOG.warning(
-            "the data uses %d tokens with untrained embeddings (%s), which stay as they are: call "
-            "dropforge.fix_untrained_tokens(model), or train embed_tokens and lm_head too", len(found), tokens,
-        )  # fmt: skip
-    return sorted(found)
+    for ids in dataset.select(range(min(rows, len(dataset))))["input_ids"] if known else ():
+        found |= known.intersection(ids)
+    if not found:
+        return None
+    tokens = ", ".join(repr(tokenizer.convert_ids_to_tokens(index)) for index in sorted(found)[:_SHOWN])
+    return f"the data uses {len(found)} tokens with untrained embeddings ({tokens}), which stay as they are"

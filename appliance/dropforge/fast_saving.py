@@ -7,11 +7,14 @@ import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import CommandError, ExportError, Problem
 from dropforge.export import ExportReport, ExportRequest, export_all
+from dropforge.export.base_license import license_of
 from dropforge.export_kinds import check_export, normalise_exports
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.paths import ResultFolder
@@ -20,7 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOG = logging.getLogger("dropforge")
-MERGED_METHODS = ("merged_16bit", "lora")
+MERGED_METHODS = {
+    "merged_16bit": "merged", "merged_4bit": "merged_4bit", "merged_4bit_forced": "merged_4bit", "lora": "adapter",
+    "fp8": "fp8", "fp8_dynamic": "fp8", "fp8_block": "fp8:block",
+}  # fmt: skip
+"""save_method -> the export of a job that it is."""
 
 
 def save_pretrained_merged(
@@ -29,24 +36,21 @@ def save_pretrained_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
 ) -> dict[str, Any]:
-    """Write base and adapter as one 16-bit model (`merged_16bit`), or the adapter alone (`lora`), into a folder.
+    """Write base and adapter as one model (`merged_16bit`, or quantised: `merged_4bit`, `fp8`, `fp8_block`) or the
+    adapter alone (`lora`) into a folder.
 
     The merge is computed in fp32 from the 16-bit base, never from the quantised copy, and compared with the trained
     model before it is put in place. Returns the numbers of that comparison.
 
     Raises CommandError api-save-method; ExportError when the comparison fails.
     """
-    if save_method not in MERGED_METHODS:
-        raise CommandError(
-            f"save_method cannot be {save_method!r}", code="api-save-method", where="save_method",
-            fix=f"one of {', '.join(MERGED_METHODS)}",
-        )  # fmt: skip
+    kind = merged_kind(save_method)
     target = Path(save_directory)
     if save_method == "lora":
         self.save_pretrained(target)
         _tokenizer(self, tokenizer).save_pretrained(target)
         return {}
-    (report,) = _export(self, tokenizer, kinds=("merged",), target=target)
+    (report,) = _export(self, tokenizer, kinds=(kind,), target=target)
     return report.checks
 
 
@@ -61,6 +65,23 @@ def save_pretrained_gguf(
     quantization_method: one name or several, as in a job's `gguf:TYPE` (q4_k_m, q8_0, f16 ...). Needs llama.cpp's
     tools (`make llama`). Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
     """
+    kinds = gguf_kinds(quantization_method)
+    reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory))
+    return {Path(report.path).name: report.checks for report in reports}
+
+
+def merged_kind(save_method: str) -> str:
+    """The job's export that a `save_method` is. Raises CommandError api-save-method."""
+    if save_method not in MERGED_METHODS:
+        raise CommandError(
+            f"save_method cannot be {save_method!r}", code="api-save-method", where="save_method",
+            fix=f"one of {', '.join(MERGED_METHODS)}",
+        )  # fmt: skip
+    return MERGED_METHODS[save_method]
+
+
+def gguf_kinds(quantization_method: str | list[str]) -> tuple[str, ...]:
+    """The job's exports that one or several methods are. Raises CommandError api-save-method."""
     methods = [quantization_method] if isinstance(quantization_method, str) else list(quantization_method)
     kinds = normalise_exports([f"gguf:{method}" for method in methods])
     try:
@@ -68,8 +89,8 @@ def save_pretrained_gguf(
             check_export(kind)
     except ValueError as error:
         raise CommandError(str(error), code="api-save-method", where="quantization_method") from error
-    reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory))
-    return {Path(report.path).name: report.checks for report in reports}
+    found: tuple[str, ...] = kinds
+    return found
 
 
 def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -82,30 +103,42 @@ def _export(
     model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], target: Path
 ) -> tuple[ExportReport, ...]:
     """Run the exporters in a scratch folder beside the target, then move what they made into it."""
+    with exported(model, given, kinds=kinds, name=target.name, beside=target.parent) as (result, reports):
+        target.mkdir(exist_ok=True)
+        for report in reports:
+            made = result.path / report.path
+            for path in sorted(made.iterdir()) if made.is_dir() else [made]:
+                path.replace(target / path.name)
+        return reports
+
+
+@contextmanager
+def exported(
+    model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], name: str, beside: Path
+) -> Iterator[tuple[ResultFolder, tuple[ExportReport, ...]]]:
+    """A result folder with these exports of the model, all verified, while the block lasts.
+
+    `beside` is where the scratch folder is made. Raises ExportError for the first export that failed.
+    """
     from dropforge.fast_language_model import needed_state
 
     state = needed_state(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".dropforge-", dir=target.parent))
+    beside.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".dropforge-", dir=beside))
     try:
         adapter, full = _save_trained(model, scratch, base=state.source.id)
         _tokenizer(model, given).save_pretrained(scratch / "tokenizer")
-        slug = re.sub(r"[^a-z0-9]+", "-", target.name.lower()).strip("-") or "model"
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
         request = ExportRequest(
             base_path=state.source.path, tokenizer=scratch / "tokenizer", result=ResultFolder(scratch / "result"),
-            work=scratch / "work", kinds=kinds, name=target.name, slug=slug, model_id=state.source.id,
-            adapter=adapter, full=full,
+            work=scratch / "work", kinds=kinds, name=name, slug=slug, model_id=state.source.id,
+            adapter=adapter, full=full, license=license_of(state.source.path),
         )  # fmt: skip
         reports = export_all(request, log=lambda text: LOG.info("export: %s", text))
         for report in reports:
             if report.problem is not None:
                 raise _as_error(report.problem)
-        target.mkdir(exist_ok=True)
-        for report in reports:
-            made = scratch / "result" / report.path
-            for path in sorted(made.iterdir()) if made.is_dir() else [made]:
-                path.replace(target / path.name)
-        return reports
+        yield request.result, reports
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -105,7 +105,7 @@ def regular_files(folder: Path) -> list[Path]:
 
 
 def rename_folder(source: Path, target: Path) -> None:
-    """Put a finished folder in its final place: fsync all that is in it, drop an old target, rename, fsync the parent."""
+    """Put a finished folder in its final place: fsync all in it, drop an old target, rename, fsync the parent."""
     fsync_tree(source)
     if target.exists():
         shutil.rmtree(target)

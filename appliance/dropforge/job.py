@@ -19,6 +19,7 @@ from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
+from dropforge.export.precheck import precheck
 from dropforge.export.publish import publish_result, token_of
 from dropforge.export.samples import EVAL_FILE, read_samples, write_samples
 from dropforge.facts import data_facts, model_facts
@@ -27,6 +28,7 @@ from dropforge.hardware import GIB, probe
 from dropforge.locate import Locate, data_locator
 from dropforge.models.source import ModelSource, resolve_model
 from dropforge.paths import DataRoot, RunFolder, refuse_links
+from dropforge.pinned import pinned
 from dropforge.plan import Plan, make_plan
 from dropforge.results import TrainingRecord, finish_result, good_exports
 from dropforge.spec import Spec
@@ -52,6 +54,10 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     log.event("model", id=source.id, revision=source.revision, kind=source.kind)
     token_of(spec, root)
     if not is_trained(run):
+        precheck(
+            asked_exports(spec), base=source.path, use_dora=spec.adapter.use_dora,
+            modules_to_save=spec.adapter.modules_to_save,
+        )  # fmt: skip
         shutil.rmtree(root.result(spec.slug, run.id).path, ignore_errors=True)  # of weights that are no more
         train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
     stop.raise_if_requested()
@@ -88,21 +94,23 @@ def train(
     import torch
 
     from dropforge.data import prepare_data
+    from dropforge.fast_repairs import untrained_in
     from dropforge.fast_step.kernels import kernels_in
-    from dropforge.models.load import attach_adapter, load_model, save_trained
+    from dropforge.models.load import attach_adapter, check_fit, load_model, save_trained
     from dropforge.models.plain_lora import initial_pairs
     from dropforge.models.tokenizer import load_tokenizer
     from dropforge.recipes import recipe
     from dropforge.recipes.inputs import TrainingInputs
 
     started = time.monotonic()
-    locate = data_locator(root, run)
+    locate = pinned(data_locator(root, run), below=root.path, into=run.path / "cache" / "input")
     plan = plan_job(spec, root=root, source=source, locate=locate)
     write_json(run.plan, plan.as_dict())
     for note in plan.notes:
         log.event("note", text=note)
     refuse_if_disk_too_small(plan)
     torch.set_num_threads(plan.cpu_threads)
+    check_fit(source, adapter=spec.adapter, max_seq_length=spec.model.max_seq_length)
 
     tokenizer, template = load_tokenizer(source.path, template=spec.data.template)
     data = prepare_data(
@@ -113,6 +121,8 @@ def train(
     model = load_model(source, plan=plan, vocab_size=len(tokenizer))
     model = attach_adapter(model, spec.adapter, seed=spec.train.seed, checkpointing=plan.gradient_checkpointing)
     initial = initial_pairs(model, init=spec.adapter.init_lora_weights)
+    if line := untrained_in(data.train, model, tokenizer):
+        log.event("note", text=f"{line}: adapter.modules_to_save: [embed_tokens, lm_head] trains them")
     seconds["preparing"] = time.monotonic() - started
 
     log.state(State.TRAINING)

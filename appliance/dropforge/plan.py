@@ -25,8 +25,9 @@ OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "adaf
 GGUF_BITS = {
     "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.7, "q5_k_s": 5.57, "q5_0": 5.57,
     "q5_1": 6.06, "q4_k_m": 4.89, "q4_k_s": 4.67, "q4_0": 4.64, "q4_1": 5.1, "iq4_nl": 4.68, "iq4_xs": 4.46,
-    "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.64, "iq3_m": 3.76, "iq3_s": 3.66, "q2_k": 3.16, "tq1_0": 2.19,
-    "tq2_0": 2.52,
+    "q3_k_l": 4.3, "q3_k_m": 4.0, "q3_k_s": 3.64, "iq3_m": 3.76, "iq3_s": 3.66, "iq3_xs": 3.5, "iq3_xxs": 3.37,
+    "q2_k": 3.16, "q2_k_l": 3.6, "iq2_m": 2.93, "iq2_s": 2.74, "iq2_xs": 2.59, "iq2_xxs": 2.38, "iq1_m": 2.15,
+    "iq1_s": 2.0, "tq1_0": 2.19, "tq2_0": 2.52,
 }  # fmt: skip
 """Whole-file bits per weight of an 8B model, measured with llama-quantize --dry-run."""
 
@@ -220,4 +221,9 @@ def _disk(spec: Spec, model: ModelFacts, trainable: int | None, optim: str) -> i
         total += sixteen_bit
     if spec.gguf_types or "ollama" in spec.export:
         total += sixteen_bit
+    # Bits of the linear layers; embeddings stay in 16, so this is a lower bound for small models. An adapter's GGUF is
+    # f32, and is tried on a 16-bit GGUF of the base model that goes again.
+    bits = {"fp8": 8.0, "fp8:block": 8.0, "fp8:static": 8.0, "merged_4bit": 4.127, "lora_gguf": 16.0}
+    total += int(sum(model.parameters * bits.get(entry, 0) / 8 for entry in spec.export))
+    total += (trainable or 0) * 4 if "lora_gguf" in spec.export else 0
     return int(total + sum(model.parameters * GGUF_BITS.get(kind, 16) / 8 for kind in spec.gguf_types))

@@ -35,7 +35,7 @@ def not_yet(spec: Spec) -> list[Problem]:
     if isinstance(spec.data.format, str):
         asked.append(("data.format", spec.data.format, FORMATS.get(spec.data.format, CURRENT)))
     init = spec.adapter.init_lora_weights
-    if init == "loftq" or (init in ("pissa", "olora") and spec.model.quantization != "none"):
+    if init in ("pissa", "olora") and spec.model.quantization != "none":
         # They change the base weights; only of weights that are not quantised can that be undone exactly.
         asked.append(("adapter.init_lora_weights", spec.adapter.init_lora_weights, "0.2"))
     if spec.model.remote_code:

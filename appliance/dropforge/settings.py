@@ -37,6 +37,8 @@ class Settings:
     """DROPFORGE_NOTIFY_URL: where the daemon tells of ended jobs; default: the content of secrets/NOTIFY_URL."""
     notify_format: str
     """DROPFORGE_NOTIFY_FORMAT: webhook (JSON) or ntfy."""
+    ollama_url: str
+    """DROPFORGE_OLLAMA_URL: a running Ollama (http://127.0.0.1:11434) that gets every `ollama` export; empty: none."""
 
 
 def _read() -> Settings:
@@ -58,6 +60,7 @@ def _read() -> Settings:
         metrics_port=int(_number("DROPFORGE_METRICS_PORT", 0, unit="the number of a port")),
         notify_url=env.get("DROPFORGE_NOTIFY_URL") or "",
         notify_format=env.get("DROPFORGE_NOTIFY_FORMAT") or "webhook",
+        ollama_url=env.get("DROPFORGE_OLLAMA_URL") or "",
     )
 
 

@@ -8,6 +8,7 @@ Parsing of files is in spec_file.py, filling of defaults in spec_defaults.py, wh
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,8 @@ Method = Literal[
 ]  # fmt: skip
 Quantization = Literal["none", "nf4", "int8", "fp8", "mxfp4"]
 DataFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "text", "prompt_completion", "preference", "unpaired_preference", "prompt",
+    "auto", "messages", "sharegpt", "alpaca", "text", "prompt_completion", "preference", "unpaired_preference",
+    "prompt",
 ]  # fmt: skip
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -109,7 +111,7 @@ class AdapterSpec(Section):
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA, Liu et al. 2024)."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "olora"] = "default"
-    """How the LoRA matrices start."""
+    """How the LoRA matrices start; loftq goes with nf4 weights, pissa and olora with weights that are not quantised."""
     layers_to_transform: tuple[int, ...] | None = None
     """Indices of the decoder layers that get LoRA; default: all."""
 
@@ -173,6 +175,22 @@ def _evaluation(value: Any) -> Any:
     return {"sources": _sources(value)} if isinstance(value, (str, list, dict)) else value
 
 
+def _template(text: str) -> str:
+    """A known name, or an example that can be read."""
+    from dropforge.models.templates import ALIASES, TEMPLATES, find_template, is_custom, parse_custom
+
+    if is_custom(text):
+        parse_custom(text)
+    elif text != "auto" and find_template(text) is None:
+        names = [*TEMPLATES, *ALIASES]
+        nearest = difflib.get_close_matches(text, names, n=1)
+        raise ValueError(
+            f"is not the name of a chat template{f'; did you mean {nearest[0]}?' if nearest else ''} "
+            "(docs/guides/chat-templates.md lists them)"
+        )
+    return text
+
+
 class DataSpec(Section):
     """What is learnt from."""
 
@@ -190,7 +208,7 @@ class DataSpec(Section):
     """Evaluation data: {fraction: 0.02}, or a path."""
     format: DataFormat | ColumnsFormat = "auto"
     """How rows are laid out; auto looks and says why."""
-    template: str = Field(default="auto", min_length=1, max_length=20_000)
+    template: Annotated[str, AfterValidator(_template)] = Field(default="auto", min_length=1, max_length=20_000)
     """Chat template: auto (the model's own, else chatml), a name, or an example with {INPUT} and {OUTPUT}."""
     system: str | None = Field(default=None, max_length=20_000)
     """System message for conversations that have none; also written to the Modelfile."""
@@ -374,6 +392,10 @@ class Spec(Section):
             raise ValueError(
                 f"adapter.type full trains every weight, which {self.model.quantization} weights cannot take; "
                 "choose adapter.type: lora, or model.quantization: none"
+            )
+        if self.adapter.init_lora_weights == "loftq" and self.model.quantization != "nf4":
+            raise ValueError(
+                "adapter.init_lora_weights: loftq starts from what 4 bits lost, so it needs model.quantization: nf4"
             )
         if self.train.embedding_learning_rate is not None and not self.trains_embeddings:
             raise ValueError(

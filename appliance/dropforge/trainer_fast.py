@@ -18,14 +18,16 @@ def fast_options(
 ) -> FastOptions | None:
     """The options to train with, or None for the trainer's own step. Amends `config`.
 
-    True means: on a GPU, for a model that this library loaded. Where TRL was asked to pack, ours takes its place:
-    as many rows per step, of the same length, and every document is still alone in its row.
+    True means: for a model that this library loaded, on a GPU; and on a CPU where rows are packed, since documents are
+    then alone in their rows whatever the attention. Where TRL was asked to pack, our packing takes its place: as many
+    rows per step, of the same length.
     """
-    config.gradient_checkpointing_kwargs = {
+    if state is not None:
         # Without dropout nothing random is computed again, and asking for the random state would forbid CUDA graphs.
-        **(config.gradient_checkpointing_kwargs or {}), "preserve_rng_state": state is None or has_dropout(model),
-    }  # fmt: skip
-    if fast is False or (fast is True and (state is None or config.use_cpu or config.device.type != "cuda")):
+        kwargs = {"use_reentrant": False, "preserve_rng_state": has_dropout(model)}
+        config.gradient_checkpointing_kwargs = kwargs
+    wanted = state is not None and (config.packing or config.device.type == "cuda")
+    if fast is False or (fast is True and not wanted):
         return None
     chosen = FastOptions() if fast is True else fast
     if not config.packing:

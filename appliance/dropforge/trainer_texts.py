@@ -1,8 +1,34 @@
-"""Rendered texts as token ids with one begin token and one end token each."""
+"""Rows as token ids: texts with one begin and one end token each, conversations with the answers as labels."""
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def answers_of(dataset: Any, tokenizer: Any, config: Any) -> Any:
+    """Conversations with `assistant_only_loss` as input_ids and labels; other data sets as they are. Amends `config`.
+
+    TRL needs {% generation %} marks in the chat template for that; here the answers are found by how the template
+    renders (dropforge.data.render), so that any template will do. Raises DataError as that does.
+    """
+    from dropforge.data.render import Renderer
+    from dropforge.data.tokenize import tokenize_conversations
+
+    columns = getattr(dataset, "column_names", None)
+    if not config.assistant_only_loss or not isinstance(columns, list) or "messages" not in columns:
+        return dataset
+    renderer = Renderer(tokenizer)
+
+    def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+        # A column holds the keys of all its rows: those a turn does not have come as None.
+        turns: Any = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
+        rendered = renderer.render(turns, where=f"row {index + 1}", tools=row.get("tools"))
+        (tokens,) = tokenize_conversations(tokenizer, [rendered])
+        return {"input_ids": tokens.input_ids, "labels": tokens.labels}
+
+    return dataset.map(
+        encode, with_indices=True, remove_columns=columns, num_proc=config.dataset_num_proc, desc="answers"
+    )
 
 
 def tokenised(dataset: Any, tokenizer: Any, config: Any) -> Any:

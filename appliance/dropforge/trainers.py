@@ -21,7 +21,7 @@ from dropforge.parameter_groups import EmbeddingRateMixin
 from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
 from dropforge.trainer_fast import fast_options
 from dropforge.trainer_records import check_same_run, find_checkpoint, write_record
-from dropforge.trainer_texts import encode_text, tokenised
+from dropforge.trainer_texts import answers_of, encode_text, tokenised
 
 if TYPE_CHECKING:
     from dropforge.trainers_preference import CPOConfig as CPOConfig
@@ -121,8 +121,9 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
         if state is not None:
             to_training(model)
         if tokens is not None and formatting_func is None:
-            train_dataset = tokenised(train_dataset, tokens, config)
-            eval_dataset = tokenised(eval_dataset, tokens, config)
+            train_dataset = tokenised(answers_of(train_dataset, tokens, config), tokens, config)
+            eval_dataset = tokenised(answers_of(eval_dataset, tokens, config), tokens, config)
+            config.assistant_only_loss = config.assistant_only_loss and not _has_labels(train_dataset)
         trained = _trained_values(model)
         options = fast_options(fast, config=config, model=model, dataset=train_dataset, state=state)
         super().__init__(
@@ -159,6 +160,10 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
 
 class DropforgeTrainer(SFTTrainer):
     """SFTTrainer under the name that continued-pretraining scripts use; see embedding_learning_rate of SFTConfig."""
+
+
+def _has_labels(dataset: Any) -> bool:
+    return "labels" in (getattr(dataset, "column_names", None) or ())
 
 
 def _trained_values(model: Any) -> dict[str, Any]:

@@ -252,3 +252,26 @@ def test_full_fine_tuning_takes_no_adapter():
     model, _ = FastLanguageModel.from_pretrained("builtin:tiny-llama", full_finetuning=True)
     same = adapted(model)
     assert same is model and trained(model) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trained_head_learns_the_same_under_the_kernels(dtype):
+    """The fused loss multiplies by the trained copy, in fp32 beside 16-bit activations too."""
+    gradients, losses = [], []
+    for kernels in ("required", "off"):
+        model, tokenizer = load(dtype=dtype, kernels=kernels)
+        model = adapted(model, target_modules=["q_proj", "lm_head", "embed_tokens"], use_gradient_checkpointing=False)
+        ids = tokenizer("Capital of Peru? It is Lima.", return_tensors="pt")["input_ids"]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = model(input_ids=ids, labels=ids)
+        assert (out.logits is None) == (kernels == "required")
+        out.loss.backward()
+        losses.append(out.loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    close = 2e-2 if dtype == "bfloat16" else 1e-4
+    assert losses[0] == pytest.approx(losses[1], rel=close)
+    for name, grad in gradients[0].items():
+        other = gradients[1][name]
+        assert grad.dtype is other.dtype is torch.float32 and other.norm() >= 0
+        assert (grad - other).norm() <= close * 2 * other.norm() + 1e-7, name
+    assert any("lm_head" in name and grad.norm() > 0 for name, grad in gradients[0].items())

@@ -52,16 +52,35 @@ def test_the_same_losses_as_the_plain_step(dataset, kernels):
     assert fast == pytest.approx(plain, rel=2e-5) and len(fast) == 2
 
 
-def test_packing_asked_of_trl_is_ours():
-    """As many rows of max_length per step; and answers can still be masked."""
+def test_loss_on_answers_with_any_template():
+    """TRL wants generation marks in the template; here the same rows as after train_on_responses_only."""
     from dropforge.chat_templates import train_on_responses_only
-    from dropforge.trainers import FastOptions, SFTConfig, SFTTrainer
+    from dropforge.trainers import SFTConfig, SFTTrainer
+
+    rows = []
+    for only in (True, False):
+        model, tokenizer = prepared()
+        config = SFTConfig(**ARGUMENTS, assistant_only_loss=only)
+        trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations(), args=config)
+        if not only:
+            train_on_responses_only(
+                trainer, instruction_part="<|im_start|>user\n", response_part="<|im_start|>assistant\n"
+            )
+        rows.append([[t for t in row["labels"] if t != -100] for row in trainer.train_dataset])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert all(row[-1] == end and end not in row[:-1] for row in rows[0])
+    assert [row[: row.index(end)] for row in rows[1]] == [row[:-1] for row in rows[0]]
+    trainer.train()
+
+
+def test_packing_asked_of_trl_is_ours():
+    """As many rows of max_length per step, also without a GPU; and answers can still be masked."""
+    from dropforge.chat_templates import train_on_responses_only
+    from dropforge.trainers import SFTConfig, SFTTrainer
 
     model, tokenizer = prepared()
     config = SFTConfig(**ARGUMENTS, packing=True, max_length=96)
-    trainer = SFTTrainer(
-        model=model, tokenizer=tokenizer, train_dataset=conversations(), args=config, fast=FastOptions()
-    )
+    trainer = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=conversations(), args=config)
     assert (trainer.args.packing, trainer.fast.packing, trainer.fast.rows_per_step) == (False, True, 6)
     assert len(trainer.train_dataset) == len(TEXTS)
     train_on_responses_only(trainer, instruction_part="<|im_start|>user\n", response_part="<|im_start|>assistant\n")

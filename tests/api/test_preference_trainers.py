@@ -40,8 +40,9 @@ def dataset(kind):
 )
 def test_older_scripts_train(kind, place):
     """As scripts of 2024 wrote them: TrainingArguments with beta and lengths given to the trainer; or all in the config."""
-    from dropforge import trainers
+    from dropforge import PatchDPOTrainer, trainers
 
+    PatchDPOTrainer()
     model, tokenizer = prepared()
     fields = {"beta": 0.2, "max_length": 128, "max_prompt_length": 64}
     if place == "trainer":

@@ -90,10 +90,11 @@ def test_the_loss_is_per_counted_token(large_batch):
     assert large_batch[1][0] == pytest.approx((nll.sum() / counted).item(), rel=1e-5)
 
 
-def test_embeddings_learn_at_their_own_rate():
-    """One step of sign-like Adam moves each weight by about its group's rate."""
+@pytest.mark.parametrize("fast_step", [False, True])
+def test_embeddings_learn_at_their_own_rate(fast_step):
+    """One step of sign-like Adam moves each weight by about its group's rate; the fast step's optimizer does too."""
     from dropforge import DropforgeTrainer, DropforgeTrainingArguments
-    from dropforge.trainers import SFTTrainer
+    from dropforge.trainers import FastOptions, SFTTrainer
 
     assert issubclass(DropforgeTrainer, SFTTrainer)
     model, tokenizer = prepared(["q_proj", "lm_head", "embed_tokens"])
@@ -102,6 +103,7 @@ def test_embeddings_learn_at_their_own_rate():
 
     trainer = DropforgeTrainer(
         model=model, tokenizer=tokenizer, train_dataset=Dataset.from_dict({"text": TEXTS}),
+        fast=FastOptions() if fast_step else False,
         args=DropforgeTrainingArguments(
             **{**ARGUMENTS, "learning_rate": 1e-2}, embedding_learning_rate=1e-3, max_steps=1, optim="adamw_torch",
             per_device_train_batch_size=4, weight_decay=0.0,
@@ -111,6 +113,7 @@ def test_embeddings_learn_at_their_own_rate():
     moved = {name: (p - before[name]).abs().max().item() for name, p in weights_of(model).items()}
     slow = {name: value for name, value in moved.items() if "modules_to_save" in name}
     fast = {name: value for name, value in moved.items() if "lora_B" in name}
+    assert (trainer.fast is not None) is fast_step
     assert len(slow) == 2 and all(value == pytest.approx(1e-3, rel=0.02) for value in slow.values())
     assert fast and all(value == pytest.approx(1e-2, rel=0.02) for value in fast.values())
     assert sorted({group["lr"] for group in trainer.optimizer.param_groups}) == [1e-3, 1e-2]

@@ -76,6 +76,31 @@ def test_overlapping_kernels_count_once():
     assert "75.0%" in text and "step 50.0 ms" in text
 
 
+def test_out_of_memory_steps_back_until_it_fits_or_cannot(monkeypatch):
+    import torch
+    from steps import measure
+    from steps.engines import Loaded
+    from steps.models import BatchShape
+
+    failures = iter([True, True, False])
+
+    def timed(*arguments: object, **options: object) -> dict[str, object]:
+        if next(failures):
+            raise torch.OutOfMemoryError("no memory")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(measure, "_timed", timed)
+    monkeypatch.setattr(measure, "Bench", lambda loaded, shape: None)
+    plans = iter([{"memory_plan": "second"}, {"memory_plan": "third"}, None])
+    loaded = Loaded(
+        torch.nn.Linear(1, 1), "cpu", prepare=lambda shape: {"memory_plan": "first"}, retreat=lambda: next(plans)
+    )
+    row = measure.measure(loaded, BatchShape(1, 8), seconds=1, deadline=0)
+    assert row == {"batch": 1, "length": 8, "memory_plan": "third", "status": "ok", "step_ms": 1.0}
+    failures = iter([True])
+    assert measure.measure(loaded, BatchShape(1, 8), seconds=1, deadline=0)["status"] == "oom"
+
+
 def rows() -> list[dict[str, object]]:
     def step(engine: str, setting: str, speed: float, gib: float, **more: object) -> dict[str, object]:
         return {

@@ -43,21 +43,25 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("numbers", nargs="*", type=int, help="faults to try; default: all")
+    parser.add_argument("numbers", nargs="*", type=int, help="faults to try, 0: what is measured besides; default: all")
     parser.add_argument("--image", action="store_true", help="also the tests that need the container image")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page from the results")
     options = parser.parse_args(arguments)
-    known = read_results()
-    failed = 0
+    failed, found = 0, {}
     if not options.page:
         chosen = [fault for fault in FAULTS if not options.numbers or fault.number in options.numbers]
-        wanted = {test for fault in chosen for test in fault.tests} | (set(EXTRA) if not options.numbers else set())
+        wanted = {test for fault in chosen for test in fault.tests} | (
+            set(EXTRA) if 0 in options.numbers or not options.numbers else set()
+        )
         for is_image in [False, True] if options.image else [False]:
             tests = sorted(test for test in wanted if test.startswith("image/") is is_image)
             if tests:
                 outcomes = run(tests)
                 failed += sum(outcome.failed for outcome in outcomes.values())
-                known["tests"].update({test: asdict(outcome) for test, outcome in outcomes.items()})
+                found.update({test: asdict(outcome) for test, outcome in outcomes.items()})
+    known = read_results()
+    if not options.page:
+        known["tests"].update(found)
         known["machine"] = machine()
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(known), encoding="utf-8")

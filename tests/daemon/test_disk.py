@@ -102,6 +102,20 @@ def test_a_job_that_fills_the_disk_waits_with_numbers_and_goes_on_when_there_is_
         assert attempts.numbers(run) == [1, 2]
 
 
+def test_a_quota_is_tried_again_after_a_while(root: DataRoot) -> None:
+    """The disk has plenty of room, so no number of free bytes says when to go on."""
+    with Harness(root) as harness:
+        harness.daemon._disk._measure = lambda folder: 500_000 * MIB
+        drop(root, "a.yaml", spec_text("steps-10 full-at-7 once"))
+        harness.until_in("running")
+        harness.until_in("queue")
+        run = root.run(only_ticket(root)[1])
+        harness.tick(times=3)
+        assert status(run)["waiting_for"].startswith("backoff: ")
+        harness.tick(61.0)
+        harness.until_in("done")
+
+
 def test_a_full_disk_starts_nothing_and_says_so(root: DataRoot) -> None:
     with Harness(root) as harness:
         left = 10 * MIB

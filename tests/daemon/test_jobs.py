@@ -233,6 +233,17 @@ def test_a_death_for_lack_of_memory_is_named_and_not_repeated(root: DataRoot) ->
         assert "memory" in status(run)["message"]
 
 
+def test_a_data_worker_that_the_kernel_killed_is_named(harness: Harness) -> None:
+    """The job itself lives and only sees that a child of its is gone; the kernel's counter tells why."""
+    kills = 0
+    harness.daemon._worker._oom_kills = lambda: kills
+    run = start(harness, "crash-at-30 steps-40 delay-20")
+    kills = 1
+    harness.until_in("failed")
+    assert status(run)["reason"] == "oom_host"
+    assert "the job said: RuntimeError" in status(run)["message"]
+
+
 def test_a_poison_job_is_held_after_two_deaths_and_released_by_a_person(harness: Harness) -> None:
     run = start(harness, "segv-at-3 save-100", until="held")
     assert status(run)["reason"] == "crash"

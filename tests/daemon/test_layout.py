@@ -65,7 +65,9 @@ def test_a_migration_that_was_cut_off_is_done_again(root: DataRoot) -> None:
 
 
 def test_an_older_version_refuses_and_changes_nothing(root: DataRoot) -> None:
-    with_jobs_in_every_state(root)
+    with Harness(root) as harness:
+        drop(root, "job.yaml", spec_text("steps-2"))
+        harness.until_in("done")
     write_json(root.state / "layout.json", {"layout": 2, "dropforge": "3.0"})
     before = {path: sha256_file(path) for path in regular_files(root.path) if path.name != "daemon.log"}
     with pytest.raises(EnvironmentFault) as caught, Harness(root):

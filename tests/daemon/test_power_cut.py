@@ -131,7 +131,7 @@ def run_cuts(root: DataRoot, work: Path, *, as_folder: bool, every: int) -> int:
 
 @pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
 def test_a_power_cut_at_some_writes(root: DataRoot, tmp_path: Path, as_folder: bool) -> None:
-    assert run_cuts(root, tmp_path / "work", as_folder=as_folder, every=30) > 3
+    assert run_cuts(root, tmp_path / "work", as_folder=as_folder, every=50) > 1
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from dropforge.paths import DataRoot
 pytestmark = pytest.mark.slow
 SEED = 20261121
 KILLS, JOBS, STEPS = 200, 20, 60
-REAL_KILLS, REAL_JOBS = 24, 4
+REAL_KILLS, REAL_JOBS = 20, 3
 
 
 def kill_at_random(

@@ -155,3 +155,14 @@ def test_a_lease_of_another_machine_is_not_believed(root: DataRoot) -> None:
     write_json(run.lease, {**lease, "process": replace(bystander, boot_id="of the old host").as_json()})
     with Harness(root) as harness:  # it would have killed this very process
         harness.until_in("done")
+
+
+def test_a_signal_at_any_moment_ends_it_with_its_status(root: DataRoot) -> None:
+    """Also while a daemon is being made, before it listens itself."""
+
+    def slow_to_make() -> Daemon:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make(root)
+
+    assert serve(slow_to_make) == 128 + signal.SIGTERM
+    assert not daemon_is_alive(root)

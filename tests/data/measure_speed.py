@@ -35,6 +35,7 @@ def _cpu() -> float:
 
 
 def main() -> None:
+    import datasets  # noqa: F401  (seconds to import; a job has done it before)
     from dropforge.data import prepare_data
     from dropforge.models.builtin import build_builtin
     from dropforge.models.tokenizer import load_tokenizer

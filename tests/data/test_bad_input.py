@@ -180,3 +180,66 @@ def test_errors_are_the_same_object_as_json(bench):
     problem = json.loads(json.dumps(error.as_dict()))["problems"][0]
     assert set(problem) == {"code", "what", "where", "why", "fix"}
     assert all(problem.values())
+
+
+def test_mixed_formats_in_one_file_name_the_first_other_row(bench):
+    rows = [GOOD] * 150 + [{"instruction": "a", "output": "b"}]
+    error = bench.error(bench.jsonl("mixed.jsonl", rows))
+    assert (error.code, error.problems[0].where) == ("data-format-mixed", "mixed.jsonl:151")
+    assert "'instruction', 'output'" in error.problems[0].why
+
+
+def test_a_column_that_is_sometimes_null_is_dropped_and_counted(bench):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}, {"prompt": "d"}, {}]
+    report = bench.prepare(bench.jsonl("null.jsonl", rows)).report
+    assert (report.rows, report.rows_read, report.rows_dropped) == (1, 4, 3)
+    assert report.dropped_reasons == {"an answer is empty": 3}
+    assert [where for where, _ in report.dropped] == ["null.jsonl:2", "null.jsonl:3", "null.jsonl:4"]
+
+
+def test_two_turns_in_a_row_of_the_same_role_are_kept_and_named(bench):
+    rows = [
+        GOOD,
+        chat(("user", "a"), ("user", "b"), ("assistant", "c")),
+        chat(("user", "a"), ("assistant", "b"), ("assistant", "c")),
+    ]
+    report = bench.prepare(bench.jsonl("roles.jsonl", rows)).report
+    assert report.rows == 3
+    assert any(
+        "2 rows have two turns in a row of the same role, such as roles.jsonl:2, roles.jsonl:3" in w
+        for w in report.warnings
+    )
+
+
+def test_a_row_of_fifty_megabytes_is_cut_and_named(bench):
+    rows = [
+        GOOD,
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "word " * 10_000_000}]},
+    ]
+    data = bench.prepare(bench.jsonl("large.jsonl", rows), length=64)
+    assert [len(row["input_ids"]) for row in data.train][1] == 64
+    assert data.train[1]["labels"][-1] == data.train[1]["input_ids"][-1]
+    assert any(
+        "1 rows were cut to 64 tokens (model.max_seq_length), such as large.jsonl:2" in w for w in data.report.warnings
+    )
+
+
+def test_cutting_before_tokenising_gives_the_same_tokens(bench, monkeypatch):
+    rows = [
+        chat(("user", "hello " * 20), ("assistant", "good morning " * 30)),
+        chat(("user", " " * 3000), ("assistant", "x")),
+    ]
+    name = bench.jsonl("a.jsonl", [*rows, GOOD])
+    whole = bench.prepare(name, length=48)
+    monkeypatch.setattr(
+        "dropforge.data.tokenize.CHARACTERS_PER_TOKEN", -19
+    )  # 88 characters for 48 tokens: often too few
+    assert bench.prepare(name, length=48).train.to_list() == whole.train.to_list()
+    assert whole.report.truncated >= 1
+
+
+def test_media_columns_are_recognised_and_named(bench):
+    rows = [{"prompt": "a", "completion": "b", "image": "cat.PNG", "sound": {"array": [0.1], "sampling_rate": 16000}}]
+    report = bench.prepare(bench.jsonl("media.jsonl", rows)).report
+    assert any("column 'image' holds images" in warning for warning in report.warnings)
+    assert any("column 'sound' holds audio" in warning for warning in report.warnings)

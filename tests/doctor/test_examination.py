@@ -199,6 +199,11 @@ def test_a_gpu_nothing_was_said_about_counts_as_broken() -> None:
     assert [(f.level, "hangs" in f.what) for f in found] == [("fault", True)] * 2
 
 
+def test_a_gpu_hidden_from_cuda_is_named_with_the_variable_that_hides_it() -> None:
+    (hidden,) = faults(list(trial_findings("torch", answers()["torch"], gpus=2)))
+    assert hidden.what.startswith("GPU 1") and "CUDA_VISIBLE_DEVICES" in hidden.fix
+
+
 def test_every_cause_can_be_found() -> None:
     """No pattern hides behind an earlier one."""
     for cause in CAUSES:

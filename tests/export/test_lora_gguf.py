@@ -44,6 +44,7 @@ def test_base_and_adapter_make_the_trained_model(benches, llama_cpp, name, kind,
     assert not (tmp_path / "result" / "gguf").exists(), "an adapter is no model to talk to"
 
 
+@pytest.mark.slow  # test_gguf_sabotage.py shows the same check refuse in less time
 def test_a_changed_adapter_does_not_pass(llama, llama_cpp, tmp_path, monkeypatch):
     """The converter's file is damaged before the check: its one scale is a tenth too large."""
     from dropforge.export import export_lora_gguf as module

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from dropforge.fast_step.flat import FlatParameters
+from dropforge.fast_step.graph import GraphPool
 from dropforge.fast_step.report import FastReport, Way
 from dropforge.fast_step.step import BucketStep
 from dropforge.fast_step.trainer import FastOptions
 from dropforge.packing.choose import choose_packing
+from dropforge.packing.collate import model_inputs
 from dropforge.packing.feed import Feeder
 from dropforge.packing.rows import token_rows
 from dropforge_kernels.patch.attention_interface import packed_attention
@@ -169,6 +171,53 @@ class Fails(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         raise torch.OutOfMemoryError("CUDA out of memory, says the test. And more")
+
+
+def test_documents_of_a_graph_are_alone_and_as_they_are_unpacked(tiny, documents):
+    """bf16: each document's loss as alone, to 1e-3; another document's token changes not one bit of it."""
+    model = tiny(dtype=torch.bfloat16, device="cuda").eval()
+    bench = Bench(model, documents(60, longest=90), per_step=30)
+    micro = bench.feeder.step(0, 0).micro[0]
+    bench.feeder.close()
+    flat = micro.flat.cuda()
+    inputs = model_inputs(flat, micro.shape)
+    losses = torch.zeros(micro.shape.tokens, device="cuda")
+
+    def work():
+        losses.copy_(nll(model, inputs))
+
+    rows, pool = bench.feeder.rows, GraphPool(torch.device("cuda", 0))
+    with packed_attention(model), torch.no_grad():
+        with pool.memory():
+            work()
+        graph, why_not = pool.record(work)
+        assert graph is not None, why_not
+        graph.replay()
+        packed = losses.clone()
+        lengths = rows.lengths[micro.bucket.documents]
+        ends = np.cumsum(lengths)
+        victim = int(np.argmax(lengths))
+        at = int(ends[victim] - lengths[victim] // 2)
+        flat[at] = 3 + (int(flat[at]) - 3 + 1) % 94
+        graph.replay()
+        for slot, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            place = slice(int(end - length), int(end))
+            assert torch.equal(losses[place], packed[place]) == (slot != victim), slot
+            start = rows.starts[micro.bucket.documents[slot]]
+            own = slice(start, start + length)
+            alone = nll(model, {
+                "input_ids": torch.tensor(rows.input_ids[own].astype(np.int64), device="cuda")[None],
+                "shift_labels": torch.tensor(rows.targets[own].astype(np.int64), device="cuda")[None],
+            })  # fmt: skip
+            assert float(packed[place].mean()) == pytest.approx(float(alone.mean()), rel=1e-3)
+
+
+def nll(model, inputs):
+    """(tokens,) loss of every target."""
+    targets = inputs["shift_labels"][0]
+    given = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", "num_items_in_batch", "max_valid")}
+    logits = model(**given).logits[0].float()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -126,6 +126,20 @@ def test_python_starts_warm() -> None:
     assert missing == ""
 
 
+def test_certificates_of_ones_own_are_trusted_in_the_image(tmp_path: Path) -> None:
+    """The Dockerfile's own line, on a folder like docker/local/certs, in a container instead of a build of an hour."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=canary authority", "-keyout", tmp_path / "key.pem", "-out", tmp_path / "mine.crt"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (line,) = re.findall(r"^    (find /local/certs .*)$", DOCKERFILES[0].read_text(encoding="utf-8"), re.MULTILINE)
+    trusted = "import ssl; print([c for c in ssl.create_default_context().get_ca_certs() if 'canary' in str(c)])"
+    run = ["run", "--rm", "--volume", f"{tmp_path}:/local/certs:ro", "--entrypoint", "bash", IMAGE, "-c"]
+    assert "canary authority" in docker(*run, f'{line} && /opt/venv/bin/python -c "{trusted}"').stdout
+    assert docker(*run, f'/opt/venv/bin/python -c "{trusted}"').stdout == "[]\n"
+
+
 def test_every_script_and_dockerfile_is_linted() -> None:
     """shellcheck, shfmt and hadolint run in `make lint`, on everything there is."""
     recipe = subprocess.run(["make", "--dry-run", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

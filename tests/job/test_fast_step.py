@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 from dropforge import job, plan
+from dropforge.checkpoints import CheckpointStore
 from dropforge.errors import JobStopped, Reason
 from dropforge.events import RunLog
 from dropforge.files import read_json_lines
 from dropforge.states import State
 from dropforge.stop import StopSignal
+from safetensors.torch import load_file
 
 OPTIONS = {"train": "max_steps: 8, per_device_train_batch_size: 2, optim: adamw_torch"}
 
@@ -41,6 +43,18 @@ def test_a_packed_job_learns_like_a_padded_one_and_reports(bench, make_spec, pac
     assert any("CUDA graphs need a GPU" in event["text"] for event in bench.events(run, "engine"))
     assert rows_of(run, "tokens_per_second")
     assert "bucket shapes captured" in bench.result(run).model_card.read_text()
+
+
+def test_every_weight_trained_over_flat_buffers_is_saved_and_exported(bench, make_spec, packed):
+    """Parameters are views of one buffer then; files must hold each for itself."""
+    extra = "adapter: {type: full}"
+    run = bench.run_folder(make_spec(name="full", train="max_steps: 4, save_steps: 2", extra=extra, export="merged"))
+    assert bench.go(run) is State.SUCCEEDED
+    kept = CheckpointStore(run.checkpoints).all()
+    assert [checkpoint.step for checkpoint in kept] == [2, 4]
+    size = (kept[-1].path / "model.safetensors").stat().st_size
+    values = sum(tensor.numel() for tensor in load_file(kept[-1].path / "model.safetensors").values())
+    assert size < 4 * values + 100_000
 
 
 def test_a_stopped_packed_job_ends_with_the_same_bytes(bench, make_spec, packed):

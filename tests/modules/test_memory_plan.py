@@ -54,7 +54,7 @@ def plan(**fields) -> MemoryPlan:
     return plan_memory(fields.pop("shape"), fields.pop("training"), **fields)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests)
 def test_what_fits_is_never_exceeded(fields):
     made = plan(**fields)
@@ -64,7 +64,7 @@ def test_what_fits_is_never_exceeded(fields):
     assert made.mlp_tile is None or made.mlp_tile < fields["tokens"]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests, st.floats(1.01, 3.0))
 def test_more_memory_is_never_slower(fields, factor):
     small = plan(**fields)
@@ -74,7 +74,7 @@ def test_more_memory_is_never_slower(fields, factor):
         assert large.extra_work <= small.extra_work
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests)
 def test_more_host_memory_is_never_slower(fields):
     made, more = plan(**fields), plan(**{**fields, "host": 2 * fields["host"] + GIB})
@@ -83,7 +83,7 @@ def test_more_host_memory_is_never_slower(fields):
         assert more.extra_work <= made.extra_work
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests)
 def test_the_last_layers_are_kept_first(fields):
     order = [Keep.OFFLOAD, Keep.OFFLOAD_OUTPUT, Keep.NONE, Keep.OUTPUT, Keep.ATTENTION, Keep.ALL]
@@ -91,7 +91,7 @@ def test_the_last_layers_are_kept_first(fields):
     assert places == sorted(places)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests)
 def test_stepping_back_needs_less_or_says_that_nothing_does(fields):
     made = plan(**fields)

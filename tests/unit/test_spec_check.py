@@ -76,9 +76,7 @@ def test_cpt_learns_everything():
     assert read(with_line("method: cpt")).resolved.data.train_on == "everything"
 
 
-@pytest.mark.parametrize(
-    "field", ["beta: 0.1", "num_generations: 4", "temperature: 1"]
-)
+@pytest.mark.parametrize("field", ["beta: 0.1", "num_generations: 4", "temperature: 1"])
 def test_a_training_field_that_nothing_reads_yet_is_refused_not_ignored(field):
     (found,) = problems(with_line(f"train: {{{field}}}"))
     assert found.code == "not-in-this-release"
@@ -169,7 +167,6 @@ def test_dangerous_models_are_refused(model):
     [
         ("method: dpo", "0.3"), ("method: grpo", "0.4"), ("report_to: [wandb]", "0.2"),
         ("resources: {gpus: 2}", "0.3"), ("train: {on_oom: shrink}", "0.2"),
-        ("adapter: {init_lora_weights: loftq}", "0.2"),
     ],
 )  # fmt: skip
 def test_what_comes_later_names_its_release(line, release):
@@ -187,6 +184,14 @@ def test_adapters_that_change_the_base_need_plain_weights(init):
     assert [(found.code, found.where) for found in problems(quantized)] == [
         ("not-in-this-release", "adapter.init_lora_weights")
     ]
+
+
+def test_loftq_needs_weights_in_4_bits():
+    line = "adapter: {init_lora_weights: loftq}\nexport:"
+    (found,) = problems(MINIMAL.replace("export:", line))
+    assert found.code == "spec-value" and "needs model.quantization: nf4" in found.what + found.why
+    quantized = MINIMAL.replace("builtin:tiny-llama", "{id: a/b, quantization: nf4}").replace("export:", line)
+    assert read(quantized).spec.adapter.init_lora_weights == "loftq"
 
 
 @pytest.mark.parametrize(("entry", "code"), [("torchao", "not-in-this-release"), ("fp8:x", "spec-value"), ("gguf:q8_0:2", "spec-value"),

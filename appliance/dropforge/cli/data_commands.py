@@ -46,7 +46,7 @@ def data(arguments: Namespace) -> int:
     colour = not arguments.json and (arguments.colour or sys.stdout.isatty())
     said = f"the tokenizer of {spec.model.id}, chat template {choice.name}"
     if spec.model.id == DEFAULT_MODEL and not arguments.model:
-        said += " (a small one: real models need about half as many; name yours with --model)"
+        said += " (a small one; name yours with --model)"
     text = report_text(report, tokenizer=said, colour=colour)
     emit(arguments, json.loads(json.dumps(asdict(report))), text)
     return 0
@@ -79,6 +79,9 @@ def _spec(arguments: Namespace) -> tuple[Spec, Locate]:
         beside = files[0].absolute().parent
         return checked.resolved, data_locator(data_root(arguments), beside=beside)
     # What is not a file here may be a data set of the hub, whose name must stay whole.
+    missing = next((file for file in files if not file.exists() and file.is_absolute()), None)
+    if missing is not None:
+        raise _missing(missing)
     names = {file.name if file.exists() else str(file): file for file in files}
     if len(names) < len(files):
         names = {f"{index}/{file.name}": file for index, file in enumerate(files)}
@@ -93,10 +96,14 @@ def _spec(arguments: Namespace) -> tuple[Spec, Locate]:
     def locate(name: str) -> Path:
         path = names[name]
         if not path.exists():
-            raise DataError(
-                f"there is no file {str(path)!r}", code="data-missing", where=str(path), fix="check the path",
-                reason=Reason.MISSING_INPUT,
-            )  # fmt: skip
+            raise _missing(path)
         return path
 
     return spec, locate
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(
+        f"there is no file {str(path)!r}", code="data-missing", where=str(path), fix="check the path",
+        reason=Reason.MISSING_INPUT,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """watch: the daemon in the foreground. Logs to standard error; the first SIGTERM saves and ends, a second one kills.
 
-Exit status: 0 after a drain, 143 after SIGTERM, 130 after Ctrl-C. So a supervisor that restarts on anything but 0 keeps it
-down after a drain and brings it back after a stray signal.
+Exit status: 0 after a drain, 143 after SIGTERM, 130 after Ctrl-C. So a supervisor that restarts on anything but 0 keeps
+it down after a drain and brings it back after a stray signal.
 """
 
 from __future__ import annotations

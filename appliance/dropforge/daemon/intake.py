@@ -114,7 +114,7 @@ class Intake:
         if self.waits(ready, now=now):
             return None
         path = self._root.inbox / ready.name
-        if path.is_dir() and not self._durable.done(path, ready.fingerprint):
+        if path.is_dir() and not path.is_symlink() and not self._durable.done(path, ready.fingerprint):
             return None
         candidate = None
         try:
@@ -131,6 +131,8 @@ class Intake:
         return self._claim(candidate, checked, ready)
 
     def _refuse_or_wait(self, ready: Ready, error: InputError, *, now: float, torn: bool) -> None:
+        # Kept for a while: without the frames of its traceback, which would keep every list of a flood alive.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         until = ready.unchanged_since + UNFINISHED_SECONDS
         doubtful = torn or any(problem.code in _UNFINISHED_CODES for problem in error.problems)
         if doubtful and not ready.complete and now < until:

@@ -22,6 +22,8 @@ log = logging.getLogger("dropforge.daemon")
 FILES_PER_LOOK = 200
 CHECKED_AT_ONCE = 500
 """Specs given to one child: starting it takes as long as checking some hundreds."""
+CHECKED_FIRST = 50
+"""The first child of a look gets fewer, so that a job can start soon."""
 SECONDS_PER_LOOK = 2.0
 """One look takes no more files after this time, so that a flood does not hold up running jobs."""
 
@@ -72,13 +74,14 @@ class Reception:
 
     def _consider(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
         """Accept what is good, and remember what is not. True when some was left for the next look."""
-        fresh = [entry for entry in ready if not self._intake.waits(entry, now=now)]
-        accepted = 0
+        fresh = _mixed([entry for entry in ready if not self._intake.waits(entry, now=now)])
+        accepted, checked = 0, 0
         for number, entry in enumerate(fresh):
             if accepted >= FILES_PER_LOOK or (number and self._clock() > deadline):
                 return True
-            if number % CHECKED_AT_ONCE == 0:
-                self._intake.check_ahead(fresh[number : number + CHECKED_AT_ONCE])
+            if number == checked:
+                checked += CHECKED_AT_ONCE if number else CHECKED_FIRST
+                self._intake.check_ahead(fresh[number:checked])
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
             accepted += not self._intake.waits(entry, now=now)
@@ -111,3 +114,14 @@ class Reception:
             ) if name in unfinished else InboxEntry(file=printable(name), stage="settling")
             for name in self._tracker.waiting
         ]  # fmt: skip
+
+
+def _mixed(entries: list[Ready]) -> list[Ready]:
+    """In order, as long as one child can check them all. Of a flood the first ones are taken from everywhere in it.
+
+    Where some are bad, their neighbours are likely to be bad too, and a good one should not have to wait for all those.
+    """
+    if len(entries) <= CHECKED_AT_ONCE:
+        return entries
+    stride = -(-len(entries) // CHECKED_FIRST)
+    return [entry for offset in range(stride) for entry in entries[offset::stride]]

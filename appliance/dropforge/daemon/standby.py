@@ -13,6 +13,7 @@ from dropforge.errors import EnvironmentFault
 log = logging.getLogger("dropforge.daemon")
 
 LOOK_SECONDS = 5.0
+STANDING_BY = "standing by, nothing is started here; this daemon takes over when the other one ends"
 
 
 def serve(make: Callable[[], Daemon], *, look_seconds: float = LOOK_SECONDS) -> int:
@@ -27,26 +28,6 @@ def serve(make: Callable[[], Daemon], *, look_seconds: float = LOOK_SECONDS) -> 
     Raises:
         EnvironmentFault: this machine can never serve the root.
     """
-    told = ""
-    while True:
-        try:
-            with make() as daemon:
-                daemon.run()
-            return daemon.exit_status
-        except EnvironmentFault as error:
-            if error.code != "daemon-running":
-                raise
-            if str(error) != told:
-                told = str(error)
-                log.warning("standing by, nothing is started here; this daemon takes over when the other one ends.\n%s",
-                            error, extra={"action": "standby"})  # fmt: skip
-        stopped_by = _pause(look_seconds)
-        if stopped_by is not None:
-            return status_after(stopped_by)
-
-
-def _pause(seconds: float) -> int | None:
-    """Wait; the number of the signal that ended the wait."""
     received: list[int] = []
     woken = threading.Event()
 
@@ -54,6 +35,22 @@ def _pause(seconds: float) -> int | None:
         received.append(number)
         woken.set()
 
-    with on_stop_signals(on_signal, woken.set):
-        woken.wait(seconds)
-    return received[0] if received else None
+    def leave_at_once() -> None:
+        raise SystemExit(status_after(received[0]))
+
+    told = ""
+    with on_stop_signals(on_signal, leave_at_once):
+        while not received:
+            try:
+                with make() as daemon:
+                    if not received:
+                        daemon.run()
+                        return daemon.exit_status
+            except EnvironmentFault as error:
+                if error.code != "daemon-running":
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s\n%s", STANDING_BY, error, extra={"action": "standby"})
+                woken.wait(look_seconds)
+    return status_after(received[0])

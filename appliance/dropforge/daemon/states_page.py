@@ -8,7 +8,10 @@ from dropforge.states import State
 
 WHAT_TO_DO_IN = {
     State.REJECTED: "Read `ERROR.txt` beside the file, correct it, drop it again. The folder may be deleted.",
-    State.QUEUED: "Nothing. `waiting_for` says what it waits for; `cancel` takes it out, `priority` moves it.",
+    State.QUEUED: (
+        "Nothing. `waiting_for` says what it waits for ([kinds](folder-contract.md#order)); `cancel` takes it out, "
+        "`priority` moves it."
+    ),
     State.HELD: "Do what `message` says, then `retry` (or `cancel`).",
     State.PREPARING: "Nothing.",
     State.TRAINING: "Nothing. `checkpoint` saves now; `cancel` saves and stops.",
@@ -30,9 +33,15 @@ WHAT_TO_DO_ABOUT = {
         "The network or the hub could not be reached. Two further tries follow by themselves; after that, mend it and "
         "`retry`, or use a folder in `models/`."
     ),
-    Reason.REMOTE_CODE: "The model brings its own Python code, which runs only with your approval.",
+    Reason.REMOTE_CODE: (
+        "The model can only be loaded by running Python code that comes with it, which this release does not do. "
+        "`cancel` the job and use a model of a type that transformers knows."
+    ),
     Reason.DISK: "Free space: a queued job then goes on by itself, a held one after `retry`; the message has numbers.",
-    Reason.OOM_GPU: "The GPU's memory was full: a smaller batch, a shorter `max_seq_length`, or nf4.",
+    Reason.OOM_GPU: (
+        "The GPU's memory was full: a smaller batch, a shorter `max_seq_length`, or nf4. Memory that others "
+        "hold is waited for before a start, not while it runs."
+    ),
     Reason.OOM_HOST: (
         "The machine's memory was full: the kernel ended the job, or the daemon did before the machine froze "
         "(`DROPFORGE_MEMORY_FLOOR_MIB`). Same remedies, or more memory; `retry` resumes."
@@ -47,13 +56,19 @@ WHAT_TO_DO_ABOUT = {
         "follow by themselves; after that, look at the log, then `retry`."
     ),
     Reason.TIMEOUT: "`resources.time_limit` is used up. The checkpoint is kept; `retry` gives the same time again.",
-    Reason.KILLED: "Somebody or something killed the process. It resumes by itself unless it happens without progress.",
+    Reason.KILLED: (
+        "Somebody or something killed the process. It resumes by itself; two deaths at the same step without a newer "
+        "checkpoint, or five without one, and it is `held`: read the log, then `retry`."
+    ),
     Reason.CRASH: "A fault inside the job; `attempts/NNN/log.txt` has the traceback. Please report it.",
     Reason.EXPORT: "An export could not be made or failed its check. The adapter is good; `retry` repeats the export.",
-    Reason.USER: "A person asked for it.",
-    Reason.SHUTDOWN: "The daemon was stopped. The job resumes when one runs again.",
+    Reason.USER: "A person asked for it (`cancel`, or the ticket was deleted). `retry` brings it back.",
+    Reason.SHUTDOWN: "The daemon was stopped. Nothing: the job resumes when one runs again.",
     Reason.DUPLICATE: "Identical bytes are queued or running already. Wait, or write `rerun: true`.",
-    Reason.ENVIRONMENT: "This machine lacks something the message names; `dropforge doctor` checks all of it.",
+    Reason.ENVIRONMENT: (
+        "This machine lacks something the message names, or a folder of the job was replaced by a link; "
+        "`dropforge doctor` checks the machine. Mend it, then `retry`."
+    ),
     Reason.INTERNAL: "A fault of Dropforge, never of the job. The daemon's log has the traceback; please report it.",
 }
 

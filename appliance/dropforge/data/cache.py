@@ -112,7 +112,9 @@ class EntryWriter:
         if counts.read < MIN_ROWS:
             self.discard()
             return
-        text = json.dumps(asdict(counts), ensure_ascii=False)
+        # Not asdict, which breaks counters apart.
+        plain = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(counts).items()}
+        text = json.dumps(plain, ensure_ascii=False)
         (self._temporary / "counts.json").write_text(text, encoding="utf-8")
         if self._place.exists():
             self.discard()

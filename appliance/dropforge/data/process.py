@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Counts:
 
     read: int = 0
     truncated: int = 0
+    truncated_where: list[str] = field(default_factory=list)
     rewritten: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, str]] = field(default_factory=list)
@@ -77,6 +79,7 @@ class Counts:
         self.reasons.update(other.reasons)
         self.roles.update(other.roles)
         self.languages.update(other.languages)
+        self.truncated_where = (self.truncated_where + other.truncated_where)[:FIRST]
         self.dropped = (self.dropped + other.dropped)[:FIRST]
         self.repeated_where = (self.repeated_where + other.repeated_where)[:FIRST]
         self.systems = list(dict.fromkeys([*self.systems, *other.systems]))[:2]
@@ -109,17 +112,19 @@ class Batch:
 
 
 class RowProcessor:
-    """Turns batches of rows into tokens with one tokenizer."""
+    """Turns batches of rows into tokens with one tokenizer. Several threads may use one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._renderer: Renderer | None = None
+        self._making = Lock()
 
     @property
     def renderer(self) -> Renderer:
-        if self._renderer is None:
-            self._renderer = Renderer(self.tokenizer)
-        return self._renderer
+        with self._making:
+            if self._renderer is None:
+                self._renderer = Renderer(self.tokenizer)
+            return self._renderer
 
     def process(self, rows: Sequence[Row], work: Work) -> tuple[Batch, Counts]:
         """Raises DataError with file and row for what cannot be understood."""
@@ -143,7 +148,7 @@ class RowProcessor:
             rendered = [render(item.turns, where=item.row.where, tools=item.tools) for item in conversations]
             self._count(conversations, counts)
             counts.rewritten += sum(item.rewritten for item in rendered)
-            tokens = tokenize_conversations(self.tokenizer, rendered, everything=work.everything)
+            tokens = tokenize_conversations(self.tokenizer, rendered, everything=work.everything, length=work.length)
             for item, row_tokens in zip(conversations, tokens, strict=True):
                 text = " ".join(turn["content"] for turn in item.turns) if work.loose else ""
                 self._keep(item.row, row_tokens, text, work, counts, kept)
@@ -173,6 +178,8 @@ class RowProcessor:
         if full > work.length:
             tokens = truncated(tokens, length=work.length)
             counts.truncated += 1
+            if len(counts.truncated_where) < FIRST:
+                counts.truncated_where.append(row.where)
         if tokens.learnt:
             kept.append(_Kept(row=row, tokens=tokens, text=text, full=full))
         elif len(tokens.input_ids) == work.length:

@@ -61,6 +61,7 @@ class Reading:
             )
         match, templates = self._match(sample, part.name)
         self.log(f"{part.name}: format {match.format}, because {match.reason}")
+        self._check_overlap()
         work = Work(
             match=match, templates=templates, system=self.spec.data.system,
             everything=self.spec.data.train_on == "everything", length=self.spec.model.max_seq_length,
@@ -124,6 +125,17 @@ class Reading:
         text = wanted.columns.response
         response = _parse(text if "{" in text else "{" + text + "}", "response")
         return Match(format="columns", reason="data.format names the columns"), (prompt, response)
+
+    def _check_overlap(self) -> None:
+        overlap, length = self.spec.data.chunk_overlap, self.spec.model.max_seq_length
+        if overlap >= length:
+            raise DataError(
+                "chunks overlap by as much as they are long",
+                code="data-overlap",
+                where="data.chunk_overlap",
+                why=f"{overlap} tokens of {length} (model.max_seq_length)",
+                fix=f"set it to {length // 4} or less",
+            )
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -118,7 +118,9 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
         where, why = counts.dropped[0]
         yield f"{counts.reasons.total()} rows dropped, the first is {where}: {why}"
     if counts.truncated:
-        yield f"{counts.truncated} rows were cut to {spec.model.max_seq_length} tokens (model.max_seq_length)"
+        named = ", ".join(counts.truncated_where[:3])
+        length = spec.model.max_seq_length
+        yield f"{counts.truncated} rows were cut to {length} tokens (model.max_seq_length), such as {named}"
     if counts.repeated_roles:
         named = ", ".join(counts.repeated_where[:5])
         yield f"{counts.repeated_roles} rows have two turns in a row of the same role, such as {named}"

@@ -47,9 +47,7 @@ def _rows(report: DataReport) -> list[str]:
         lines.append("mix:")
         for path, weight, before, after in report.sources:
             share = 100 * after / max(1, report.rows)
-            lines.append(
-                f"  {path}: {before:,} rows x weight {weight:g} = {after:,} rows, {share:.1f} % of the training"
-            )
+            lines.append(f"  {path}: {before:,} rows, weight {weight:g}: {after:,} rows, {share:.1f} % of the training")
     if report.roles:
         lines.append("turns       " + ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
     if report.languages:

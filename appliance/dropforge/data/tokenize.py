@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+CHARACTERS_PER_TOKEN = 24
+"""Texts with more characters than this per token are rare: such a text is tokenised whole after all."""
+PIECE = 2_000_000
+"""Longer documents are tokenised in pieces of about so many characters, cut at line ends, to bound the memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,20 +33,35 @@ class Tokens:
 
 
 def tokenize_conversations(
-    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], *, everything: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: Sequence[Rendered],
+    *,
+    everything: bool = False,
+    length: int | None = None,
 ) -> list[Tokens]:
     """One row per conversation; the template's text already holds every special token.
+
+    Of texts that are far too long for `length` tokens only the beginning is tokenised (more than `length` of them).
 
     A token belongs to an answer when its last character does. (A token that also covers the blank before the answer
     is what the model produces there; one that runs past the end of the answer is not.)
     """
     backend = tokenizer.backend_tokenizer  # faster than the tokenizer itself, which copies every offset
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation is not None or backend.padding is not None:
+        backend.no_truncation()
+        backend.no_padding()
     rows = []
-    for item, encoding in zip(
-        rendered, backend.encode_batch([item.text for item in rendered], add_special_tokens=False), strict=True
+    most = None if length is None else CHARACTERS_PER_TOKEN * length + 1000
+    texts = [item.text if most is None or len(item.text) <= most else item.text[:most] for item in rendered]
+    for item, text, encoding in zip(
+        rendered, texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
     ):
+        if len(text) < len(item.text):
+            # The last token of a cut text may be another one than in the whole.
+            if length is None or len(encoding.ids) <= length + 1:
+                encoding = backend.encode(item.text, add_special_tokens=False)
+            else:
+                item = Rendered(text=text, spans=_within(item.spans, len(text)), rewritten=item.rewritten)
         ids = encoding.ids
         rows.append(Tokens(input_ids=ids, labels=list(ids) if everything else _mask(ids, encoding, item)))
     return rows
@@ -55,6 +74,10 @@ def _mask(ids: list[int], encoding: Any, item: Rendered) -> list[int]:
         last = _first_ending_behind(encoding, end, item)
         labels[first:last] = ids[first:last]
     return labels
+
+
+def _within(spans: Sequence[tuple[int, int]], end: int) -> tuple[tuple[int, int], ...]:
+    return tuple((start, min(stop, end)) for start, stop in spans if start < end)
 
 
 def _first_ending_behind(encoding: Any, position: int, item: Rendered) -> int:
@@ -74,7 +97,11 @@ def document_rows(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int,
     Nothing is lost by the cutting; everything is learnt. `overlap` tokens at the end of a row are repeated at the
     beginning of the next one, there with labels -100 (they are context, and were learnt already).
     """
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids: list[int] = []
+    for index, part in enumerate(_pieces(text)):
+        ids += tokenizer(part, add_special_tokens=index == 0, verbose=False)["input_ids"]
+        if index == 0 and len(part) < len(text) and ids[-1:] == [tokenizer.eos_token_id]:
+            ids.pop()  # a tokenizer that ends every text itself
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     rows = [Tokens(input_ids=ids[:length], labels=ids[:length])]
@@ -83,6 +110,16 @@ def document_rows(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int,
         piece = ids[start : start + length]
         rows.append(Tokens(input_ids=piece, labels=[IGNORED] * overlap + piece[overlap:]))
     return rows
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE:
+        end = text.rfind("\n", start, start + PIECE) + 1
+        end = end if end > start else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def truncated(row: Tokens, *, length: int) -> Tokens:

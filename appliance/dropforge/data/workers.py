@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing.connection import Connection
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Result = tuple[Batch, Counts]
-START_AFTER_ROWS = 30_000
+START_AFTER_ROWS = 100_000
 """Smaller files are done before a worker has imported its libraries."""
+THREADS = 2
+"""In this process; tokenizers let other threads run while they work."""
+MIN_CPUS = 4
+"""With fewer the threads use them all, and processes would only add to the work."""
 MAX_WORKERS = 8
 BYTES_PER_WORKER = 1 << 30
 AHEAD = 3
@@ -30,6 +35,8 @@ AHEAD = 3
 
 def worker_count(cpus: int, *, free_bytes: int) -> int:
     """One per CPU, at most 8, and at most half of the free memory at 1 GiB each; 1 means: no processes."""
+    if cpus < MIN_CPUS:
+        return 1
     return max(1, min(cpus, MAX_WORKERS, free_bytes // 2 // BYTES_PER_WORKER))
 
 
@@ -59,18 +66,26 @@ class RowPool:
     def run(self, batches: Iterable[Sequence[Row]], work: Work) -> Iterator[Result]:
         """One result per batch, in the order of the batches. Raises DataError as `RowProcessor.process` does."""
         source = iter(batches)
-        here = 0
-        for batch in source:
-            yield self.local.process(batch, work)
-            here += len(batch)
-            if here >= self._after and self._wanted > 1:
-                break
-        else:
-            return
+        yield from self._threaded(source, work)
         following = next(source, None)
         if following is not None:
             self._start()
             yield from self._parallel(chain([following], source), work)
+
+    def _threaded(self, source: Iterator[Sequence[Row]], work: Work) -> Iterator[Result]:
+        """The first batches, in this process: the tokenizer works on one while Python prepares the next."""
+        here = 0
+        waiting: deque[Future[Result]] = deque()
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="dropforge-data") as threads:
+            for batch in source:
+                waiting.append(threads.submit(self.local.process, batch, work))
+                here += len(batch)
+                if len(waiting) > THREADS:
+                    yield waiting.popleft().result()
+                if here >= self._after and self._wanted > 1:
+                    break
+            while waiting:
+                yield waiting.popleft().result()
 
     def _parallel(self, batches: Iterable[Sequence[Row]], work: Work) -> Iterator[Result]:
         source = enumerate(batches)

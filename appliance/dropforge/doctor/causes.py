@@ -50,6 +50,8 @@ CAUSES = (
     Cause("failed to find c compiler|gcc.*not found|cc1.*not found|python.h",
           "Triton compiles its launchers with a C compiler",
           "install gcc, libc6-dev and python3-dev, or use the image, which has them"),
+    Cause("torch does not show this gpu", "fewer GPUs are visible to CUDA than to the driver",
+          "unset CUDA_VISIBLE_DEVICES, and choose GPUs with --gpus instead"),
     Cause("ptxas", "Triton's assembler does not know this GPU",
           "use a Triton release that supports its compute capability"),
     Cause("sigill", "a library uses instructions that this CPU does not have", "use a build for this CPU"),

@@ -8,10 +8,12 @@ from typing import Any
 from dropforge.errors import ExportError
 from dropforge.export.export_gguf import gguf_name
 from dropforge.export.modelfile import Modelfile, read_modelfile, write_modelfile
+from dropforge.export.ollama_push import push_to_ollama
 from dropforge.export.request import ExportRequest, Made
 from dropforge.export.stage import Stage
 from dropforge.export_kinds import split_detail
 from dropforge.files import read_json, write_text
+from dropforge.settings import settings
 
 PREFERRED = ("q4_k_m", "q8_0")
 MAKES = "q8_0"
@@ -27,7 +29,10 @@ def finished_gguf(request: ExportRequest) -> Path | None:
 
 
 def export_ollama(stage: Stage, folder: Path) -> Made:
-    """Write Modelfile into `folder` for a finished GGUF of the result. Raises ExportError (ollama-no-gguf)."""
+    """Write Modelfile into `folder` for a finished GGUF of the result. Raises ExportError (ollama-no-gguf).
+
+    An Ollama that is configured (DROPFORGE_OLLAMA_URL) gets the model too; ollama_push's errors.
+    """
     request = stage.request
     gguf = finished_gguf(request)
     if gguf is None:
@@ -42,7 +47,12 @@ def export_ollama(stage: Stage, folder: Path) -> Made:
     path = folder / "Modelfile"
     write_text(path, text)
     checks = verify_modelfile(path, said=said, stage=stage)
-    return Made(path=path, checks={**checks, "create": f"ollama create {request.slug} -f Modelfile"})
+    create = f"ollama create {request.slug} -f Modelfile"
+    stage.log(f"for Ollama: {create}")
+    url = settings().ollama_url
+    if url:
+        checks["pushed"] = push_to_ollama(said, gguf, name=request.slug, url=url, log=stage.log)
+    return Made(path=path, checks={**checks, "create": create})
 
 
 def verify_modelfile(path: Path, *, said: Modelfile, stage: Stage) -> dict[str, Any]:

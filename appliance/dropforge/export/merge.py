@@ -42,8 +42,10 @@ def merge(base: Path, adapter: Path | None, target: Path) -> MergeReport:
     """Write config.json and 16-bit weights into the existing empty folder `target`.
 
     Without an adapter the weights of `base` are only rounded. Raises ExportError: export-merge-partial when a module
-    of the adapter has no base weight or another shape, and the codes of adapter_file and safetensors_stream.
+    of the adapter has no base weight or another shape, and export-base-quantized, and the codes of adapter_file and
+    safetensors_stream.
     """
+    refuse_quantized(base)
     plan = _plan(base, read_adapter(adapter) if adapter else None)
     label = "bfloat16" if any(info.dtype == "BF16" for info in plan.base.values()) else "float16"
     try:
@@ -59,6 +61,21 @@ def merge(base: Path, adapter: Path | None, target: Path) -> MergeReport:
         modules_merged=len(plan.changes),
         untied=plan.untied,
     )
+
+
+def refuse_quantized(base: Path) -> None:
+    """Raise ExportError (export-base-quantized) when the base model's own files are quantised.
+
+    A model that is only loaded in 4 bits for the training (`model.quantization: nf4`) has 16-bit files and passes.
+    """
+    found = read_json(base / "config.json").get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise ExportError(
+            f"the base model's files are quantised themselves ({method})", code="export-base-quantized",
+            where="config.json: quantization_config", why="an adapter is merged exactly onto 16-bit weights only",
+            fix="train on the 16-bit model with `model.quantization: nf4`, or export only `adapter`",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ class Stage:
 
     def judged(self) -> list[Judged]:
         """Rows of the evaluation split and the places in them whose next token is learnt; without predictions."""
-        rows = []
+        rows: list[Judged] = []
         for row in self.request.eval_samples:
             ids = list(row.ids[:SAMPLE_TOKENS])
             start = max(row.prompt - 1, 0)

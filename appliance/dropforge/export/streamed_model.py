@@ -70,7 +70,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    config = PeftConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(str(adapter))
     config.inference_mode = True
     state = load_peft_weights(str(adapter), device="cpu")
     vocabulary = [value for name, value in state.items() if name.endswith(("embed_tokens.weight", "base_layer.weight"))]
@@ -126,8 +126,9 @@ def _attach(model: Any, reader: TensorReader, weight: Weight) -> None:
 def _give_weights(module: Any, places: dict[str, str], reader: TensorReader, weight: Weight) -> None:
     import torch
 
-    if type(module) is torch.nn.Linear and "weight" in places:
-        module.forward = _linear(module, places, reader, weight)
+    plain = type(module) is torch.nn.Linear
+    if plain and "weight" in places:
+        module.forward = _StreamedLinear(module, places, reader, weight)
         return
     empty = {name: getattr(module, name) for name in places}
 
@@ -157,29 +158,30 @@ def _looked_up(reader: TensorReader, place: str, ids: torch.Tensor) -> torch.Ten
     return table
 
 
-def _linear(
-    module: Any, places: dict[str, str], reader: TensorReader, weight: Weight
-) -> Callable[[torch.Tensor], torch.Tensor]:
+class _StreamedLinear:
     """forward of a linear layer, a piece of its rows at a time."""
-    import torch
 
-    rows, columns = reader.shape(places["weight"])
-    step = max(1, PIECE_BYTES // (4 * columns))
+    def __init__(self, module: Any, places: dict[str, str], reader: TensorReader, weight: Weight) -> None:
+        self.place = places["weight"]
+        self.weight = weight
+        self._bias = places.get("bias")
+        self._module = module
+        self._reader = reader
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        rows, columns = self._reader.shape(self.place)
+        step = max(1, PIECE_BYTES // (4 * columns))
         out = x.new_empty((*x.shape[:-1], rows))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            out[..., start:stop] = torch.nn.functional.linear(x, weight(places["weight"], start, stop).to(x.dtype))
-        if "bias" in places:
-            out += reader.whole(places["bias"]).to(x.dtype)
-        elif module.bias is not None:
-            out += module.bias
+            out[..., start:stop] = torch.nn.functional.linear(x, self.weight(self.place, start, stop).to(x.dtype))
+        if self._bias is not None:
+            out += self._reader.whole(self._bias).to(x.dtype)
+        elif self._module.bias is not None:
+            out += self._module.bias
         return out
-
-    forward.places = places  # type: ignore[attr-defined]  (for _give_dora and the comparison of merged values)
-    forward.weight = weight  # type: ignore[attr-defined]
-    return forward
 
 
 def base_weight(layer: Any) -> torch.Tensor:
@@ -188,9 +190,8 @@ def base_weight(layer: Any) -> torch.Tensor:
     weight: torch.Tensor = base.weight
     if weight.device.type != "meta":
         return weight
-    place = base.forward.places["weight"]
-    value: torch.Tensor = base.forward.weight(place, 0, weight.shape[0]).float()
-    return value
+    forward: _StreamedLinear = base.forward
+    return forward.weight(forward.place, 0, weight.shape[0]).float()
 
 
 def _give_dora(model: Any) -> None:

@@ -10,13 +10,15 @@ import torch
 from dropforge_kernels.modules.host_memory import host_available
 from dropforge_kernels.modules.memory_plan import MemoryPlan, plan_memory
 from dropforge_kernels.modules.model_shape import Training, model_shape
-from dropforge_kernels.modules.offload import HostStore
+from dropforge_kernels.modules.planned import apply_plan, retreat, usable_memory
 from dropforge_kernels.patch.session import Session, open_session
 from torch import nn
 
 from dropforge.events import RunLog
 from dropforge.plan import Plan
 
+SHARE = 0.9
+"""Of the usable memory that a plan may take; evaluation and the first runs of other bucket shapes need some too."""
 HOST_SHARE = 0.5
 """Of the free host memory that layer inputs may take."""
 
@@ -47,19 +49,27 @@ def plan_layers(session: Session, model: nn.Module, *, tokens: int, document: in
         return None
     config: Any = model.config
     shape = model_shape(config.to_dict())
-    free, _ = torch.cuda.mem_get_info()
     made = plan_memory(
         shape,
         Training(weights=_weights(model), ranks=_ranks(model), optimizer=optimizer, gradients_stay=True),
         tokens=tokens,
         document=document,
-        budget=free + torch.cuda.memory_reserved(),
+        budget=int(SHARE * usable_memory()),
         host=int(HOST_SHARE * host_available()),
         resident=torch.cuda.memory_allocated(),
     )
-    store = HostStore(capacity=made.host_bytes, depth=made.store_depth) if made.host_bytes else None
-    engine.set_policies(made.policies, mlp_tile=made.mlp_tile, store=store)
+    apply_plan(engine, made)
     return made
+
+
+def smaller_plan(session: Session, plan: MemoryPlan) -> MemoryPlan | None:
+    """After torch ran out of memory: the next plan, in the engine; None when nothing smaller fits."""
+    if session.engine is None:
+        return None
+    try:
+        return retreat(session.engine, plan, usable=int(SHARE * usable_memory()))
+    except ValueError:
+        return None
 
 
 def _weights(model: nn.Module) -> str:

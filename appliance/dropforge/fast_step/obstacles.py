@@ -41,6 +41,14 @@ def _is_tokenised(args: Any, dataset: Dataset) -> bool:
     return prepares and names.isdisjoint({"image", "images"})
 
 
+def _tokens(args: Any, dataset: Any) -> bool:
+    """Whether the trainer will have token ids: they are there, or TRL makes them of texts and conversations."""
+    names = set(dataset.column_names if isinstance(dataset, Dataset) else ())
+    prepares = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False)
+    texts = {"messages", "prompt", "completion", getattr(args, "dataset_text_field", "text")}
+    return "input_ids" in names or bool(prepares and names & texts and not names & {"image", "images"})
+
+
 def capture_obstacle(args: Any, model: nn.Module) -> str:
     """Why the step cannot be captured; empty when it can be tried."""
     if args.device.type != "cuda":

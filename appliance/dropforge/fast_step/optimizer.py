@@ -17,6 +17,8 @@ from torch import nn
 
 from dropforge.fast_step.flat import FlatParameters
 
+Capture = Callable[[Callable[[], None]], tuple[torch.cuda.CUDAGraph | None, str]]
+"""Work that has just run -> its graph, or None and why not (fast_step.graph)."""
 SMALLEST_8_BIT = 4096
 """Smaller parameters keep 32-bit states (as in bitsandbytes): norms and biases are few and matter."""
 
@@ -70,6 +72,9 @@ class FlatAdamW(torch.optim.Optimizer):
         device = lists[0][0].device if lists else torch.device("cpu")
         self._rates = torch.zeros(len(self.param_groups), dtype=torch.float32, device=device)
         self._rates_set: list[float] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture: Capture | None = None
+        self.why_not_captured = ""
         self.last_norm = torch.zeros((), dtype=torch.float32, device=device)
 
     @torch.no_grad()
@@ -78,7 +83,20 @@ class FlatAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("FlatAdamW: a closure is not supported")
         self.set_rates()
+        if self._graph is not None:
+            self._graph.replay()
+            return
         self.update()
+        if self._capture is not None:
+            self._graph, self.why_not_captured = self._capture(self.update)
+            self._capture = None
+
+    def capture_with(self, capture: Capture) -> None:
+        """Replay the device's part of a step as one CUDA graph from the second step on; ``capture`` makes it.
+
+        Groups' betas, eps and weight_decay are fixed from then on; rates go on following the schedule.
+        """
+        self._capture = capture
 
     def set_rates(self) -> None:
         """Copy the schedule's rates to the device, when they have changed."""

@@ -14,13 +14,14 @@ captured, leaves the shape eager, with the reason in the report. A bucket that d
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from dropforge.fast_step.graph import GraphPool
 from dropforge.fast_step.report import BucketReport, FastReport, Way
 from dropforge.packing.collate import MicroBatch, model_inputs
 from dropforge.packing.shapes import BucketShape
@@ -51,6 +52,8 @@ class BucketStep:
         device: of the model. On a CPU everything is eager.
         report: filled as it goes.
         split: a micro-batch -> smaller ones with the same documents; one element when it cannot be cut.
+        retreat: called when a bucket does not fit, before it is cut; makes the model need less memory and says how, or
+            gives an empty text when it cannot.
         capture: False keeps everything eager; ``why_not`` says why in the report.
     """
 
@@ -62,20 +65,22 @@ class BucketStep:
         device: torch.device,
         report: FastReport,
         split: Callable[[MicroBatch], Sequence[MicroBatch]],
+        retreat: Callable[[], str] = str,
         capture: bool = True,
         why_not: str = "",
     ) -> None:
-        self.loss_of, self.report, self.split = loss_of, report, split
+        self.loss_of, self.report, self.split, self.retreat = loss_of, report, split, retreat
         self.grads = list(grads)
-        self.device = device
         self.cuda = device.type == "cuda"
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if self.cuda and device.index is None else device
+        )
         self.capture = capture and self.cuda
         self.why_not = why_not or ("" if self.cuda else "CUDA graphs need a GPU")
         self.loss = torch.zeros((), dtype=torch.float32, device=device)
         self.captures = 0
         self._slots: dict[BucketShape, _Slot] = {}
-        self._stream = torch.cuda.Stream(device) if self.cuda else None
-        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self.pool = GraphPool(self.device) if self.capture else None
 
     def begin(self) -> None:
         """Start an optimizer step: its loss is zero."""
@@ -118,24 +123,33 @@ class BucketStep:
         self.loss.add_(loss.detach())
 
     def _run_eager(self, slot: _Slot, bucket: BucketReport, micro: MicroBatch) -> None:
-        # The first attempt may run out of memory half-way through the backward; afterwards memory is known to suffice.
-        kept = None if slot.warm else [*(buffer.clone() for buffer in self.grads), self.loss.clone()]
-        try:
-            self._on_side_stream(slot)
-            slot.warm = True
-        except torch.OutOfMemoryError as error:
-            text = str(error).split(".")[0]
-            parts = self.split(micro)
-            if kept is None or len(parts) < 2:
-                raise
-            bucket.way, bucket.reason = Way.SPLIT, text
-            del error, self._slots[micro.shape]
-            for buffer, before in zip([*self.grads, self.loss], kept, strict=True):
+        if slot.warm:  # memory is known to suffice
+            self._in_graph_memory(slot)
+            return
+        # The first attempt may run out of memory half-way through the backward.
+        kept = [buffer.clone() for buffer in (*self.grads, self.loss)]
+        while problem := self._attempt(slot):
+            for buffer, before in zip((*self.grads, self.loss), kept, strict=True):
                 buffer.copy_(before)
-            kept = None
-        if bucket.way is Way.SPLIT:  # outside the handler, whose traceback keeps the failed attempt's tensors alive
-            torch.cuda.empty_cache()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            note = self.retreat()
+            if note:
+                self.report.notes.append(note)
+                continue
+            del kept, self._slots[micro.shape]
+            bucket.way, bucket.reason = Way.SPLIT, problem
             self._run_split(micro)
+            return
+        slot.warm = True
+
+    def _attempt(self, slot: _Slot) -> str:
+        """Empty, or what did not fit; as text, because the exception would keep the attempt's tensors alive."""
+        try:
+            self._in_graph_memory(slot)
+        except torch.OutOfMemoryError as error:
+            return str(error).split(".")[0]
+        return ""
 
     def _run_split(self, micro: MicroBatch) -> None:
         parts = self.split(micro)
@@ -144,54 +158,21 @@ class BucketStep:
         for part in parts:
             self.run(part)
 
-    def _on_side_stream(self, slot: _Slot) -> None:
-        """Eager work runs on the stream that captures, so that both share memory and autograd's streams agree."""
-        if self._stream is None:
+    def _in_graph_memory(self, slot: _Slot) -> None:
+        """Eager work takes the graphs' memory: a second set of activations would not fit."""
+        with nullcontext() if self.pool is None else self.pool.memory():
             self._forward_backward(slot.inputs)
-            return
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            self._forward_backward(slot.inputs)
-        current.wait_stream(self._stream)
 
     def _capture(self, slot: _Slot, bucket: BucketReport) -> None:
         """Sets ``slot.graph``, or ``bucket.reason``. Nothing is computed; gradients stay as they are."""
+        assert self.pool is not None
         started = time.monotonic()
-        current = torch.cuda.current_stream(self.device)
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
-        bucket.reason = self._record(graph, slot)
-        if bucket.reason:
-            del graph
-            self._recover(current)
+        slot.graph, bucket.reason = self.pool.record(lambda: self._forward_backward(slot.inputs))
+        if slot.graph is None:
             return
-        slot.graph = graph
         self.captures += 1
         bucket.way = Way.CAPTURED
         bucket.capture_seconds = round(time.monotonic() - started, 3)
         bucket.graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
-
-    def _record(self, graph: torch.cuda.CUDAGraph, slot: _Slot) -> str:
-        """Empty, or why it failed; as text, because the exception would keep the attempt's tensors alive."""
-        try:
-            # thread_local: another thread pins memory for the next batches meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                self._forward_backward(slot.inputs)
-        except Exception as error:  # noqa: BLE001  it ran eagerly just now: whatever fails here fails for the capture
-            first: BaseException = error
-            while first.__context__ is not None:  # leaving the block raises again, for what was raised inside
-                first = first.__context__
-            lines = str(first).strip().splitlines() or [""]
-            return f"capture failed: {type(first).__name__}: {lines[0][:300]}"
-        return ""
-
-    def _recover(self, stream: torch.cuda.Stream) -> None:
-        """After a failed capture torch may be left on its stream, its generator and its pool in capturing state."""
-        torch.cuda.set_stream(stream)
-        torch.cuda.synchronize(self.device)
-        generator = torch.cuda.default_generators[self.device.index or 0]
-        generator.graphsafe_set_state(generator.clone_state())
-        torch.cuda.empty_cache()

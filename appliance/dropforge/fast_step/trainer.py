@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dropforge.fast_step.isolation import packing_obstacle
-from dropforge.fast_step.kernels import plan_layers
+from dropforge.fast_step.kernels import plan_layers, smaller_plan
 from dropforge.fast_step.late_log import LateLog
 from dropforge.fast_step.loader import step_loader
 from dropforge.fast_step.meter import StepMeter
@@ -40,6 +40,7 @@ from dropforge.packing.feed import Feeder
 from dropforge.packing.rows import token_rows
 
 if TYPE_CHECKING:
+    from dropforge_kernels.modules.memory_plan import MemoryPlan
     from dropforge_kernels.patch.session import Session
     from transformers import Trainer
 
@@ -74,6 +75,7 @@ class FastStepMixin(_Base):
         self._feeder: Feeder | None = None
         self._step: BucketStep | None = None
         self._late = LateLog()
+        self._memory: MemoryPlan | None = None
         self._flos_per_token = 0
         training: Any = kwargs.get("args")
         if fast is not None and training is not None:
@@ -141,8 +143,19 @@ class FastStepMixin(_Base):
             optimizer="adamw_8bit" if name in EIGHT_BIT else name,
         )  # fmt: skip
         if made is not None:
+            self._memory = made
             self.report.notes += made.lines()
             self.report.planned_memory = made.predicted_peak
+
+    def _retreat(self) -> str:
+        """A plan that needs less memory, in the engine; empty when there is none."""
+        if self._memory is None or self._kernels is None:
+            return ""
+        smaller = smaller_plan(self._kernels, self._memory)
+        if smaller is None:
+            return ""
+        self._memory = smaller
+        return "\n".join(smaller.lines())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of all micro-batches of an optimizer step; returns its loss, on the device."""
@@ -207,6 +220,9 @@ class FastStepMixin(_Base):
 
     def _end_session(self) -> None:
         self._meter.update()
+        optimizer = self._flat_optimizer()
+        if optimizer is not None and optimizer.why_not_captured:
+            self.report.notes.append(f"optimizer step not captured: {optimizer.why_not_captured}")
         if self._feeder is not None:
             self._feeder.close()
         self._step = None
@@ -222,8 +238,11 @@ class FastStepMixin(_Base):
             self._flat.attach_grads()
             self._step = BucketStep(
                 self._loss_of(model), grads=self._flat.grads.values(), device=self.args.device, report=self.report,
-                split=self._feeder.split, capture=not why_not, why_not=why_not,
+                split=self._feeder.split, retreat=self._retreat, capture=not why_not, why_not=why_not,
             )  # fmt: skip
+            optimizer = self._flat_optimizer()
+            if optimizer is not None and self._step.pool is not None:
+                optimizer.capture_with(self._step.pool.record)
         return model, loader
 
     def _loss_of(self, model: Any) -> Any:

@@ -23,7 +23,8 @@ def quantize(
     Raises ExportError (export-quantize) with llama-quantize's last words.
     """
     named, more = _MIXED.get(gguf_type, (gguf_type, ()))
-    options: list[str | Path] = [*(["--imatrix", imatrix] if imatrix else []), *more]
+    options: list[str | Path] = ["--imatrix", imatrix] if imatrix else []
+    options += more
     output = run_tool(
         [tools.tool("llama-quantize"), *options, source, target, named.upper(), str(threads)],
         what=f"llama-quantize could not make {gguf_type}",

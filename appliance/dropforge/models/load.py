@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import ModelError
 from dropforge.fast_adapter import choose_targets, hold_in_fp32, lora_config, within_layers
 from dropforge.fast_checks import check_layers
+from dropforge.fast_rope import known_length
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
@@ -41,13 +42,7 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments)
     except (ValueError, KeyError, OSError) as error:
-        raise ModelError(
-            f"model {source.id!r} cannot be loaded",
-            code="model-load",
-            where="model.id",
-            why=str(error).split("\n")[0],
-            fix="check that it is a text-generation model that this version of transformers knows",
-        ) from error
+        raise _unloadable(source, error) from error
     model.config.use_cache = False
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment, union-attr]
     if vocab_size > rows:
@@ -84,7 +79,6 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
         return model.requires_grad_(True)  # type: ignore[return-value]
     from peft import get_peft_model
 
-    _check_names(model, adapter)
     # Frozen, and otherwise as loaded: norms and head stay in the compute type.
     model.requires_grad_(False)
     wrapped: Any = get_peft_model(model, _lora_config(model, adapter))
@@ -100,7 +94,9 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
 
 def _lora_config(model: PreTrainedModel, adapter: AdapterSpec) -> LoraConfig:
     layers = check_layers(model.config, layers=adapter.layers_to_transform, argument="adapter.layers_to_transform")
-    chosen = choose_targets(model, target_modules=adapter.target_modules, modules_to_save=adapter.modules_to_save)
+    chosen = choose_targets(
+        model, target_modules=adapter.target_modules, modules_to_save=adapter.modules_to_save, section="adapter."
+    )
     init = adapter.init_lora_weights
     return lora_config(
         within_layers(model, chosen, layers), init_lora_weights=True if init == "default" else init, loftq_config=None,
@@ -110,24 +106,43 @@ def _lora_config(model: PreTrainedModel, adapter: AdapterSpec) -> LoraConfig:
     )  # fmt: skip
 
 
-def _check_names(model: PreTrainedModel, adapter: AdapterSpec) -> None:
-    import difflib
+def check_fit(source: ModelSource, *, adapter: AdapterSpec, max_seq_length: int) -> None:
+    """Refuse what can be refused before any weight is read; looks at the config and at an empty model.
 
-    known = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if not list(module.children()) and name}
+    Raises:
+        ModelError: model-load (no causal language model), model-length, adapter-target-unknown.
+        CommandError: api-layers, api-target-parts.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        raise _unloadable(source, error) from error
+    known = known_length(config)
+    if known is not None and max_seq_length > known:
+        raise ModelError(
+            f"model.max_seq_length is {max_seq_length}, and this model knows {known} positions",
+            code="model-length",
+            where="model.max_seq_length",
+            why="positions it never saw come out as noise",
+            fix=f"set model.max_seq_length: {known}",
+        )
+    if adapter.type == "lora":
+        _lora_config(model, adapter)
+
+
+def _unloadable(source: ModelSource, error: Exception) -> ModelError:
+    return ModelError(
+        f"model {source.id!r} cannot be loaded",
+        code="model-load",
+        where="model.id",
+        why=str(error).split("\n")[0],
+        fix="check that it is a text-generation model that this version of transformers knows",
     )
-    asked = [] if isinstance(adapter.target_modules, str) else [("target_modules", n) for n in adapter.target_modules]
-    asked += [("modules_to_save", name) for name in adapter.modules_to_save]
-    for field, name in asked:
-        if name.rsplit(".", 1)[-1] not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ModelError(
-                f"adapter.{field}: this model has no module {name!r}",
-                code="adapter-target-unknown",
-                where=f"adapter.{field}",
-                why=f"its modules are {', '.join(known)}",
-                fix=f"did you mean {near[0]!r}?" if near else "use all-linear, or names from that list",
-            )
 
 
 def save_trained(

@@ -51,7 +51,7 @@ def add_new_tokens(
         starts = [_starts(table, pieces, method=method, interpolation=interpolation) for table in tables]
         if len(tokenizer) > used:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        first = int(tokenizer.convert_tokens_to_ids([fresh[0]])[0])
+        first = tokenizer.get_vocab()[fresh[0]]
         for table, rows in zip(_tables(model), starts, strict=True):
             table[first : first + len(fresh)] = rows
     return len(fresh)

@@ -220,7 +220,7 @@ def _check_no_code_needed(source: ModelSource, model_type: str | None) -> None:
             code="model-remote-code",
             where="model.remote_code",
             why=f"the installed transformers has no model type {model_type!r}",
-            fix="read that code, then set model.remote_code: true",
+            fix="use a model of a type that transformers knows; this release runs no code that comes with a model",
             reason=Reason.REMOTE_CODE,
         )
 

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tiny", action="store_true", help="a tiny model at tiny shapes, to try the benchmark itself")
     made.add_argument("--layers", type=int, default=None, help="fewer layers than the model has")
     made.add_argument("--card-gib", type=float, default=0.0, help="emulate a card of this size")
+    made.add_argument("--steal-gib", type=float, default=0.0, help="taken after planning, as another process would")
     made.add_argument("--no-parity", action="store_true", help="speeds without the parity check (marked in the CSV)")
     made.add_argument("--start", type=int, default=65536, help="longest: the first length")
     made.add_argument("--most", type=int, default=1048576, help="longest: no length above this")
@@ -67,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
 def start(args: argparse.Namespace, task: str, engine: str, weights: str, number: int = 0) -> int:
     """Runs one child to its end, or kills it ``GRACE_S`` after the deadline. Returns its exit status."""
     words = [sys.executable, "-P", "-m", "steps", "child", "--task", task, "--engine", engine, "--weights", weights]
-    for name in ("shapes", "seconds", "out", "work", "commit", "device", "card_gib", "start", "most", "growth",
-                 "resolution", "deadline"):  # fmt: skip
+    for name in ("shapes", "seconds", "out", "work", "commit", "device", "card_gib", "steal_gib", "start", "most",
+                 "growth", "resolution", "deadline"):  # fmt: skip
         words += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     words += ["--round", str(number)]
     words += ["--layers", str(args.layers)] if args.layers else []

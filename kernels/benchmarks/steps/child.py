@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
                 emit(row | {"batch": shape.batch, "length": shape.length, "status": "parity failed"})
             continue
         loaded = loaded or _load(args, max(shape.length for shape in shapes))
-        loaded.setting = engine.partition(":")[2]
+        loaded.setting, loaded.steal_gib = engine.partition(":")[2], args.steal_gib
         row |= versions(engine, loaded.model)
         for shape in shapes:
             if time.time() > args.deadline - 10:

@@ -26,8 +26,12 @@ class Loaded:
     model: nn.Module
     device: str
     setting: str = ""
+    steal_gib: float = 0.0
+    """Taken away after planning, as another process would; only our planner looks at it."""
     prepare: Callable[[BatchShape], dict[str, object]] = field(default=lambda shape: {})
     extra: Callable[[BatchShape], dict[str, object]] = field(default=lambda shape: {})
+    retreat: Callable[[], dict[str, object] | None] = field(default=lambda: None)
+    """After out of memory: plans for less and returns the new columns; None when it cannot."""
     stack: ExitStack = field(default_factory=ExitStack)
 
     def close(self) -> None:

@@ -121,19 +121,27 @@ def measure(loaded: Loaded, shape: BatchShape, *, seconds: float, deadline: floa
     clock = Clock(loaded.device)
     clock.clear()
     clock.reset_peaks()
-    row: dict[str, object] = {"batch": shape.batch, "length": shape.length, "status": "ok"}
+    row: dict[str, object] = {"batch": shape.batch, "length": shape.length}
+    row |= loaded.prepare(shape)
+    while True:
+        attempt = _attempt(loaded, shape, seconds=seconds, deadline=deadline)
+        loaded.model.zero_grad(set_to_none=True)
+        clock.clear()
+        retreated = loaded.retreat() if attempt["status"] == "oom" else None
+        if retreated is None:
+            return row | attempt
+        row |= retreated
+
+
+def _attempt(loaded: Loaded, shape: BatchShape, *, seconds: float, deadline: float) -> dict[str, object]:
     try:
-        row |= loaded.prepare(shape)
-        row |= _timed(Bench(loaded, shape), seconds=seconds, deadline=deadline)
+        return {"status": "ok"} | _timed(Bench(loaded, shape), seconds=seconds, deadline=deadline)
     except torch.OutOfMemoryError as error:
-        row["status"] = "oom"
         print(f"{shape}: {str(error).splitlines()[0][:300]}", flush=True)
+        return {"status": "oom"}
     except (RuntimeError, ValueError) as error:
-        row["status"] = f"error: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
         traceback.print_exc()
-    loaded.model.zero_grad(set_to_none=True)
-    clock.clear()
-    return row
+        return {"status": f"error: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"}
 
 
 def _timed(bench: Bench, *, seconds: float, deadline: float) -> dict[str, object]:

@@ -8,6 +8,7 @@ from dropforge_kernels.modules.memory_peak import ADAPTER_BYTES, Counts, peak
 from dropforge_kernels.modules.memory_plan import MemoryPlan, plan_memory, policies_of
 from dropforge_kernels.modules.model_shape import ModelShape, Training, model_shape
 from dropforge_kernels.modules.offload import HostStore
+from dropforge_kernels.modules.planned import retreat, usable_memory
 from dropforge_kernels.modules.policy import Keep
 from dropforge_kernels.patch.session import open_session
 from torch import nn
@@ -41,7 +42,10 @@ def prepared(model: nn.Module, *, setting: str, weights: str, device: str) -> Lo
     planner = _Planner(model_shape(model.config.to_dict()), weights=weights, device=device, resident=resident)
     engine = session.engine
 
+    steal: list[torch.Tensor] = []
+
     def prepare(shape: BatchShape) -> dict[str, object]:
+        steal.clear()
         engine.set_policies([Keep.NONE] * len(engine.decoder.layers))  # lets go of the last shape's host memory first
         if device == "cuda":
             getattr(torch._C, "_host_emptyCache", lambda: None)()
@@ -51,8 +55,23 @@ def prepared(model: nn.Module, *, setting: str, weights: str, device: str) -> Lo
             store = HostStore(depth=2 if Keep.OFFLOAD_OUTPUT in policies else 1)
             store.reserve(int(float(str(columns["host_store_gib"])) * GIB), torch.device(device))
         engine.set_policies(policies, mlp_tile=tile, store=store)
+        if loaded.steal_gib and loaded.setting == "planner":
+            steal.append(torch.empty(int(loaded.steal_gib * GIB), dtype=torch.uint8, device=device))
         return columns
 
+    def back() -> dict[str, object] | None:
+        if planner.plan is None or loaded.setting != "planner":
+            return None
+        taken = sum(tensor.nbytes for tensor in steal)
+        try:
+            planner.plan = retreat(engine, planner.plan, usable=planner.budget() - taken)
+        except ValueError as error:
+            print(error, flush=True)
+            return None
+        print("\n".join(planner.plan.lines()), flush=True)
+        return planner.columns_of_plan()
+
+    loaded.retreat = back
     loaded.prepare = prepare
     # Every row's last label is not learnt; who builds the batch knows how many are.
     loaded.extra = lambda shape: {"max_valid": shape.batch * (shape.length - 1)}
@@ -64,17 +83,14 @@ class _Planner:
         self.shape, self.device, self.resident = shape, device, resident
         kind = "nf4" if weights.startswith("nf4") else "fp32" if weights.endswith("fp32") else "bf16"
         self.training = Training.of_rank(RANK, weights=kind)
+        self.plan: MemoryPlan | None = None
 
     def choose(self, setting: str, batch: BatchShape) -> tuple[list[Keep], int | None, dict[str, object]]:
         """(policies, MLP tile, columns)."""
         if setting == "planner":
-            plan = self._plan(batch)
-            print("\n".join(plan.lines()), flush=True)
-            return (
-                list(plan.policies),
-                plan.mlp_tile,
-                self._columns(plan.predicted_peak, plan.host_bytes, plan.policies),
-            )
+            self.plan = self._plan(batch)
+            print("\n".join(self.plan.lines()), flush=True)
+            return list(self.plan.policies), self.plan.mlp_tile, self.columns_of_plan()
         counts = _fixed(setting, self.shape.layers)
         tile = TILE if batch.tokens >= TILED_FROM else None
         policies = list(policies_of(counts))
@@ -87,17 +103,18 @@ class _Planner:
     def _plan(self, batch: BatchShape) -> MemoryPlan:
         host = int(host_available() * HOST_SHARE)
         return plan_memory(
-            self.shape, self.training, tokens=batch.tokens, document=batch.length, budget=self._budget(), host=host,
+            self.shape, self.training, tokens=batch.tokens, document=batch.length, budget=self.budget(), host=host,
             resident=self.resident,
         )  # fmt: skip
 
-    def _budget(self) -> int:
+    def budget(self) -> int:
         """What this process may allocate in all."""
-        if self.device != "cuda":
-            return CPU_BUDGET
-        free, total = torch.cuda.mem_get_info()
-        allowed = int(torch.cuda.get_per_process_memory_fraction() * total)
-        return min(allowed, free + torch.cuda.memory_reserved())
+        return usable_memory() if self.device == "cuda" else CPU_BUDGET
+
+    def columns_of_plan(self) -> dict[str, object]:
+        """Of the planner's present plan."""
+        assert self.plan is not None
+        return self._columns(self.plan.predicted_peak, self.plan.host_bytes, self.plan.policies)
 
     def _columns(self, total: int, host: int, policies: list[Keep] | tuple[Keep, ...]) -> dict[str, object]:
         counted = ", ".join(f"{policies.count(keep)} {keep}" for keep in Keep if keep in policies)

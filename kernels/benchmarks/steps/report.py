@@ -180,7 +180,7 @@ def _profiles(folder: Path) -> Iterator[str]:
     if not files:
         return
     yield from ("", "## Where the time of a step goes", "",
-                "GPU time by kind of kernel, one step under torch's profiler; whole lists lie beside the CSV.")  # fmt: skip
+                "GPU time by kind of kernel under torch's profiler; whole lists are beside the CSV.")  # fmt: skip
     for file in files:
         kinds = file.read_text().split("\n\nthe ", 1)[0].splitlines()[2:]
         yield from ("", f"[{file.stem.removeprefix('profile-')}](../../kernels/benchmarks/results/{file.name})", "",

@@ -215,25 +215,27 @@ def _cheapest(request: Request, tile: int | None, usable: int) -> Counts | None:
         return _peak(request, counts, tile).total <= usable
 
     pairs = [(keep, attention) for keep in range(layers + 1) for attention in range(layers + 1 - keep)]
-    bounds = sorted((cost(_split(layers, *pair, layers - sum(pair), 0)), pair) for pair in pairs)
+    bounds = sorted((cost(_split(layers, pair, layers - sum(pair), 0)), pair) for pair in pairs)
     best: Counts | None = None
     for bound, pair in bounds:
         if best is not None and bound >= cost(best):
             break
-        if not fits(_split(layers, *pair, 0, most_moved)):
+        if not fits(_split(layers, pair, 0, most_moved)):
             continue
         rest = layers - sum(pair) if request.document >= OUTPUT_FROM else 0
-        outputs = _most(lambda n, p=pair: fits(_split(layers, *p, n, most_moved)), 0, rest)  # type: ignore[misc]
-        moved = -_most(lambda n, p=pair, o=outputs: fits(_split(layers, *p, o, -n)), -most_moved, 0)  # type: ignore[misc]
-        found = _split(layers, *pair, outputs, moved)
+        outputs = _most(lambda n, p=pair: fits(_split(layers, p, n, most_moved)), 0, rest)  # type: ignore[misc]
+        moved = -_most(lambda n, p=pair, o=outputs: fits(_split(layers, p, o, -n)), -most_moved, 0)  # type: ignore[misc]
+        found = _split(layers, pair, outputs, moved)
         if best is None or (cost(found), moved) < (cost(best), best.host_tensors):
             best = found
     return best
 
 
-def _split(layers: int, keep: int, attention: int, outputs: int, moved: int) -> Counts:
-    """``outputs`` of the layers that are left keep the attention's output; up to ``moved`` tensors go to the host,
-    inputs of layers that keep nothing else first."""
+def _split(layers: int, pair: tuple[int, int], outputs: int, moved: int) -> Counts:
+    """pair: layers that keep everything, and that keep attention. Of the others ``outputs`` keep attention's output; up
+    to ``moved`` tensors go to the host, inputs of layers that keep nothing else first.
+    """
+    keep, attention = pair
     plain = layers - keep - attention - outputs
     offload = min(plain, moved)
     offload_output = min(outputs, (moved - offload) // 2)
@@ -256,7 +258,7 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _least(request: Request) -> Counts:
-    return _split(request.shape.layers, 0, 0, 0, request.host // max(1, _tensor_bytes(request)))
+    return _split(request.shape.layers, (0, 0), 0, request.host // max(1, _tensor_bytes(request)))
 
 
 def _peak(request: Request, counts: Counts, tile: int | None) -> Peak:

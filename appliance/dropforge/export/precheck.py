@@ -1,0 +1,69 @@
+"""What can be known to fail before the training starts: exports that the base model or the adapter cannot become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dropforge.errors import EnvironmentFault, ExportError
+from dropforge.export.export_fp8 import MULTIPLE
+from dropforge.export.export_merged_4bit import BLOCK as NF4_BLOCK
+from dropforge.export.merge import refuse_quantized
+from dropforge.export.quantized_folder import linear_layers
+from dropforge.export.safetensors_stream import index_folder
+from dropforge.files import read_json
+from dropforge.llama_cpp.architectures import architectures
+from dropforge.llama_cpp.locate import find_llama_cpp
+
+
+def precheck(
+    kinds: tuple[str, ...], *, base: Path, use_dora: bool = False, modules_to_save: tuple[str, ...] = ()
+) -> None:
+    """Raise ExportError for the first of `kinds` that cannot be made of the model in the folder `base`.
+
+    Codes: export-unsupported (an architecture llama.cpp does not convert, or pictures), export-quantize-unsupported,
+    export-lora-gguf, export-base-quantized, export-weights-missing. What is not known yet (llama.cpp is not built here)
+    is left for later.
+    """
+    if set(kinds) <= {"adapter"}:
+        return
+    index_folder(base)
+    refuse_quantized(base)
+    config: dict[str, Any] = read_json(base / "config.json")
+    if any(kind.startswith(("gguf:", "lora_gguf", "ollama")) for kind in kinds):
+        _converts(config)
+    if "lora_gguf" in kinds and (use_dora or modules_to_save):
+        raise ExportError(
+            "this adapter cannot be a GGUF of its own", code="export-lora-gguf", where="export",
+            why="DoRA trains more than low-rank pairs" if use_dora else f"{', '.join(modules_to_save)} trained in full",
+            fix="export gguf (the merged model) instead of lora_gguf",
+        )  # fmt: skip
+    sides = {"fp8": MULTIPLE["channel"], "fp8:static": MULTIPLE["channel"], "fp8:block": MULTIPLE["block"]}
+    for kind, multiple in {**sides, "merged_4bit": NF4_BLOCK}.items():
+        if kind in kinds:
+            linear_layers(base, multiple=multiple, what=kind)
+
+
+def _converts(config: dict[str, Any]) -> None:
+    names = [str(name) for name in config.get("architectures") or ()]
+    try:
+        known = architectures(find_llama_cpp())
+    except EnvironmentFault:
+        return
+    pictures = [key for key in ("vision_config", "audio_config") if key in config]
+    if pictures:
+        has = any(name in known.projector for name in names)
+        raise ExportError(
+            f"{', '.join(names)} also reads pictures or sounds, and its projector cannot be exported yet",
+            code="export-unsupported", where="config.json: " + ", ".join(pictures),
+            why=f"llama.cpp {'knows' if has else 'does not know'} a projector (mmproj) for it; Dropforge writes only"
+            " the language model's GGUF, and a model without its projector would be half of what was trained",
+            fix="leave gguf, lora_gguf and ollama out of `export`; adapter and merged hold everything",
+        )  # fmt: skip
+    if names and not any(name in known.text for name in names):
+        raise ExportError(
+            f"llama.cpp cannot convert {', '.join(names)}", code="export-unsupported",
+            where="config.json: architectures",
+            why=f"its converter knows {len(known.text)} architectures, and this is none of them",
+            fix="leave gguf, lora_gguf and ollama out of `export`; adapter and merged can be made",
+        )  # fmt: skip
