@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dropforge.fast_step import step as module
 from dropforge.fast_step.report import FastReport, Way
 from dropforge.fast_step.step import BucketStep
 from dropforge.packing.choose import choose_packing
@@ -95,3 +96,14 @@ def test_one_document_that_does_not_fit_ends_it(feeder):
     with pytest.raises(torch.OutOfMemoryError, match="a document of"):
         run(step, feeder.step(0, 0))
     assert model.weight.grad.item() == 0.0
+
+
+def test_gradients_too_large_to_copy_are_not_guessed_at(feeder, monkeypatch):
+    """A half-written gradient that nobody kept a copy of must end the training, not be learnt from."""
+    monkeypatch.setattr(module, "MOST_KEPT", 4)
+    model = Model()
+    model.fits = 0
+    step, report = step_of(model, feeder)
+    with pytest.raises(torch.OutOfMemoryError, match="says|Tried"):
+        run(step, feeder.step(0, 0))
+    assert not any(bucket.way is Way.SPLIT for bucket in report.buckets.values())

@@ -51,7 +51,9 @@ def progress_text(status: dict[str, Any]) -> str:
     parts = [f"step {status.get('step', 0)}/{status['total_steps']}"]
     if isinstance(status.get("loss"), float):
         parts.append(f"loss {status['loss']:.4f}")
-    if status.get("trained_tokens_per_second"):
+    if status.get("tokens_per_second"):
+        parts.append(f"{status['tokens_per_second']:,.0f} tokens/s")
+    elif status.get("trained_tokens_per_second"):
         parts.append(f"{status['trained_tokens_per_second']:.0f} trained tokens/s")
     if status.get("eta_seconds") is not None:
         parts.append(f"{status['eta_seconds']} s left")

@@ -21,9 +21,10 @@ log = logging.getLogger("dropforge.daemon")
 
 FILES_PER_LOOK = 200
 CHECKED_AT_ONCE = 500
-"""Specs given to one child: starting it takes as long as checking some hundreds."""
+"""Specs given to one child at most: starting it takes as long as checking some hundreds."""
+CHECKED_AT_LEAST = 10
 CHECKED_FIRST = 50
-"""The first child of a look gets fewer, so that a job can start soon."""
+"""The first child gets so many: a job can start soon, and a slow machine is not held up."""
 SECONDS_PER_LOOK = 2.0
 """One look takes no more files after this time, so that a flood does not hold up running jobs."""
 
@@ -49,6 +50,9 @@ class Reception:
         self._tracker = SettleTracker(root, settle_seconds=settle_seconds)
         self._clock = clock
         self._only_file = only_file
+        self._batch = CHECKED_FIRST
+        self._flooded = False
+        """The last look left files for the next one."""
 
     def receive(self, *, now: float) -> bool:
         """One look at the inbox at time `now`. True when there is more to take right away.
@@ -63,29 +67,38 @@ class Reception:
             )  # fmt: skip
         complete = self._hints.take_complete(seen.entries)
         self._intake.forget_all_but(set(seen.entries))
-        ready = [
-            entry
-            for entry in self._tracker.update(seen, now=now, complete=complete)
-            if not self._faults.stands(entry.name)
-        ]
+        ready = [entry for entry in self._tracker.update(seen, now=now, complete=complete) if self._mine(entry.name)]
         deadline = self._clock() + SECONDS_PER_LOOK
         # Good ones first: a rejection costs more disk writes than a check, and nobody waits for it.
-        return self._consider(ready, now=now, deadline=deadline) or self._reject(ready, now=now, deadline=deadline)
+        self._flooded = self._consider(ready, now=now, deadline=deadline)
+        return self._flooded or self._reject(ready, now=now, deadline=deadline)
 
     def _consider(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
         """Accept what is good, and remember what is not. True when some was left for the next look."""
-        fresh = _mixed([entry for entry in ready if not self._intake.waits(entry, now=now)])
+        fresh = [entry for entry in ready if not self._intake.waits(entry, now=now)]
+        if not self._flooded:
+            fresh = _mixed(fresh)
         accepted, checked = 0, 0
         for number, entry in enumerate(fresh):
             if accepted >= FILES_PER_LOOK or (number and self._clock() > deadline):
                 return True
             if number == checked:
-                checked += CHECKED_AT_ONCE if number else CHECKED_FIRST
-                self._intake.check_ahead(fresh[number:checked])
+                checked += self._batch
+                self._check_ahead(fresh[number:checked])
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
             accepted += not self._intake.waits(entry, now=now)
         return False
+
+    def _check_ahead(self, entries: list[Ready]) -> None:
+        """One child for all of `entries`; how many the next one gets depends on how long this one took."""
+        began = self._clock()
+        self._intake.check_ahead(entries)
+        took = self._clock() - began
+        if took > SECONDS_PER_LOOK / 2:
+            self._batch = max(self._batch // 2, CHECKED_AT_LEAST)
+        elif took < SECONDS_PER_LOOK / 4 and len(entries) == self._batch:
+            self._batch = min(self._batch * 2, CHECKED_AT_ONCE)
 
     def _reject(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
         refused = [entry for entry in ready if self._intake.is_refused(entry)]

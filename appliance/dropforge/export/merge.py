@@ -178,7 +178,10 @@ def _merged(plan: _Plan, name: str, dtype: torch.dtype) -> torch.Tensor:
     change = plan.changes.get(module)
     replaced = change.replaced.get(part) if change else None
     source = plan.sources[name]
-    value = replaced.float() if replaced is not None else read_tensor(plan.base[source], source).float()
+    stored = replaced if replaced is not None else read_tensor(plan.base[source], source)
+    if stored.dtype == dtype and (change is None or part != "weight" or change.low_rank is None):
+        return stored  # nothing to add and nothing to round: an embedding is not copied into float32
+    value = stored.float()
     if change is not None and part == "weight":
         value = apply_change(value, change, transposed=plan.transposed)
     rounded = value.to(dtype)

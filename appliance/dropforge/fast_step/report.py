@@ -49,7 +49,7 @@ class FastReport:
     steady_tokens_per_second: float = 0.0
     """The same over the steps after the last capture."""
     host_ms_per_micro_batch: float = 0.0
-    """Time of the training thread per micro-batch when it waits neither for the GPU nor for data."""
+    """Time of the training thread per micro-batch when it waits neither for the GPU nor for data; 0 until measured."""
     wait_for_data_ms_per_step: float = 0.0
     filled: float = 0.0
     """Share of the computed tokens that are real."""

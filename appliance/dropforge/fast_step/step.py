@@ -29,6 +29,9 @@ from dropforge.packing.shapes import BucketShape
 MOST_GRAPHS = 32
 """Each graph holds its launches on the host and a little memory on the GPU."""
 
+MOST_KEPT = 2 << 30
+"""Bytes of gradients that are copied before a first attempt. Of a whole model's the copy might be what does not fit."""
+
 LossOf = Callable[[dict[str, Any]], torch.Tensor]
 """Model's arguments -> loss (0-d), already divided by the counted targets of the whole optimizer step."""
 
@@ -127,9 +130,14 @@ class BucketStep:
             self._in_graph_memory(slot)
             return
         # The first attempt may run out of memory half-way through the backward.
-        kept = [buffer.clone() for buffer in (*self.grads, self.loss)]
+        written = (*self.grads, self.loss)
+        if sum(buffer.numel() * buffer.element_size() for buffer in written) > MOST_KEPT:
+            self._in_graph_memory(slot)
+            slot.warm = True
+            return
+        kept = [buffer.clone() for buffer in written]
         while problem := self._attempt(slot):
-            for buffer, before in zip((*self.grads, self.loss), kept, strict=True):
+            for buffer, before in zip(written, kept, strict=True):
                 buffer.copy_(before)
             if self.cuda:
                 torch.cuda.empty_cache()

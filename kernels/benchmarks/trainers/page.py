@@ -14,8 +14,8 @@ LoRA r=16 on all linear layers, bf16, 8-bit AdamW, random weights of the true ar
 with the lengths named. Every engine in its own process on one machine; the median where one ran more than once.
 *valid tok/s*: real tokens, no padding, optimizer and data loading included. *cold 200*: the first 200 optimizer steps
 from the trainer's creation on, compilation and captures included. *wall*, *GPU*, *host*: milliseconds per micro-batch;
-GPU is the time in which kernels run, host the training thread's own time where it waits for nothing. What the engines
-are set to: `kernels/benchmarks/trainers/engines.py`.
+GPU is the time in which kernels run, host the training thread's own time in steps that find the GPU's queue empty (a
+launch into a full queue waits inside the driver). What the engines are set to: `kernels/benchmarks/trainers/engines.py`.
 
 Source: `{name}`; {machine}.
 """
@@ -35,7 +35,7 @@ def _figure(rows: list[dict[str, str]], name: str) -> float | None:
 
 
 def page(path: Path, out: Path) -> None:
-    """Write the page: one table per model and data, engines from fastest to slowest."""
+    """Write the page: one table per model and data, engines from fastest to slowest; then NAME-notes.md, if there."""
     cases = _cases(path)
     rows = [row for engines in cases.values() for found in engines.values() for row in found]
     machine = "; ".join(sorted({f"{row['gpu']}, commit {row['commit'] or 'unknown'}" for row in rows if row["gpu"]}))
@@ -52,6 +52,9 @@ def page(path: Path, out: Path) -> None:
             parts.append("| " + " | ".join([engine, *texts, runs]) + " |")
     versions = sorted({row["versions"] for row in rows if row["versions"]})
     parts.append("\nVersions: " + "; ".join(versions) + ".\n")
+    notes = path.with_name(f"{path.stem}-notes.md")
+    if notes.exists():
+        parts.append(notes.read_text())
     out.write_text("\n".join(parts))
 
 
