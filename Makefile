@@ -51,9 +51,9 @@ test-faults: $(READY) ## try the 40 faults and attacks of the queue; results int
 	@$(BIN)/python tests/daemon/fault_report.py $(FAULTS)
 
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
-	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/doctor tests/fast_step -m gpu
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/families tests/fast_step tests/api tests/doctor -m gpu
 
-# ENGINES=base,liger,unsloth,base also measures the peers, each in its own process, where they are installed
+# ENGINES=base,liger,unsloth,again also measures the peers, each in its own process, where they are installed
 ENGINES ?= base
 bench: ## measure the kernels on this machine's GPU; results under kernels/benchmarks/results
 	@PYTHONPATH=appliance:kernels $(PYTHON) kernels/benchmarks/runner.py run --engines $(ENGINES) \

@@ -15,7 +15,8 @@ with the lengths named. Every engine in its own process on one machine; the medi
 *valid tok/s*: real tokens, no padding, optimizer and data loading included. *cold 200*: the first 200 optimizer steps
 from the trainer's creation on, compilation and captures included. *wall*, *GPU*, *host*: milliseconds per micro-batch;
 GPU is the time in which kernels run, host the training thread's own time in steps that find the GPU's queue empty (a
-launch into a full queue waits inside the driver). What the engines are set to: `kernels/benchmarks/trainers/engines.py`.
+launch into a full queue waits inside the driver). What the engines are set to:
+`kernels/benchmarks/trainers/engines.py`.
 
 Source: `{name}`; {machine}.
 """
