@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,8 +110,14 @@ def _transformers(folder: Path, *, max_tokens: int, temperature: float) -> Itera
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model = model.float().eval()
+    model: Any
+    with warnings.catch_warnings():
+        # The import of compressed-tensors, for FP8 folders, touches what torch deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    model = model.eval()
 
     def reply(messages: list[Message]) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

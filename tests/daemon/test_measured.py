@@ -81,7 +81,7 @@ def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
         set_switch(root, Switch.PAUSE, on=True)
         resident = [memory(daemon.pid)]
         while any(name.name.endswith(".yaml") for name in os.scandir(root.inbox)):
-            assert time.monotonic() - began < 1200, "it did not end"
+            assert time.monotonic() - began < 3600, "it did not end"
             time.sleep(2)
             resident.append(memory(daemon.pid))
         peak = max(resident)

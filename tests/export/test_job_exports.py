@@ -15,7 +15,7 @@ SPEC = """version: 1
 name: Sums
 model: builtin:tiny-llama
 data: {{train: sums.jsonl, eval: {{fraction: 0.2}}}}
-train: {{learning_rate: 2e-3, effective_batch_size: 4, max_steps: 8}}
+train: {{learning_rate: 2e-3, effective_batch_size: 4, max_steps: {steps}}}
 publish: {{hub: {{repo: stand-in/sums, private: false{hub}}}}}
 export: [{export}]
 """
@@ -54,8 +54,8 @@ def result_of(root):
     return root / "results" / "sums" / name
 
 
-def run(root, hub, *, export, extra="", **options):
-    (root / "job.yaml").write_text(SPEC.format(export=export, hub=extra))
+def run(root, hub, *, export, extra="", steps=8, **options):
+    (root / "job.yaml").write_text(SPEC.format(export=export, hub=extra, steps=steps))
     return dropforge(root, "run", str(root / "job.yaml"), hub=hub, **options)
 
 
@@ -67,7 +67,7 @@ def card_rows(result) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_every_export_of_the_issue(root, hub, llama_cpp):
-    done = run(root, hub, export='adapter, merged, "gguf:q4_k_m,q8_0,iq4_xs", fp8, ollama')
+    done = run(root, hub, export='adapter, merged, "gguf:q4_k_m,q8_0,iq4_xs", fp8, ollama', steps=80)
     assert done.returncode == 0, done.stdout + done.stderr
     result = result_of(root)
     rows = card_rows(result)
@@ -80,7 +80,7 @@ def test_every_export_of_the_issue(root, hub, llama_cpp):
     assert float(rows["merged"][2]) < float(rows[files[1]][2]) < float(rows[files[0]][2])
     assert {"stand-in/sums", "stand-in/sums-lora", "stand-in/sums-GGUF", "stand-in/sums-FP8"} == set(hub.repos)
     for name in ("gguf/sums-Q4_K_M.gguf", "gguf/sums-Q8_0.gguf", "gguf/sums-IQ4_XS.gguf", "merged", "fp8"):
-        assert answer(result / name, ["2 plus 3?"], max_tokens=8)[0].strip()
+        assert answer(result / name, ["2 plus 3?"], max_tokens=8)[0].strip(), name
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_documents_of_a_graph_are_alone_and_as_they_are_unpacked(tiny, documents
 
     rows, pool = bench.feeder.rows, GraphPool(torch.device("cuda", 0))
     with packed_attention(model), torch.no_grad():
-        with pool.memory():
+        with pool.beside():
             work()
         graph, why_not = pool.record(work)
         assert graph is not None, why_not

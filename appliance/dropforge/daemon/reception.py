@@ -22,7 +22,7 @@ log = logging.getLogger("dropforge.daemon")
 FILES_PER_LOOK = 200
 CHECKED_AT_ONCE = 500
 """Specs given to one child at most: starting it takes as long as checking some hundreds."""
-CHECKED_AT_LEAST = 10
+CHECKED_AT_LEAST = 50
 CHECKED_FIRST = 50
 """The first child gets so many: a job can start soon, and a slow machine is not held up."""
 SECONDS_PER_LOOK = 2.0
@@ -95,9 +95,9 @@ class Reception:
         began = self._clock()
         self._intake.check_ahead(entries)
         took = self._clock() - began
-        if took > SECONDS_PER_LOOK / 2:
+        if took > 2 * SECONDS_PER_LOOK:
             self._batch = max(self._batch // 2, CHECKED_AT_LEAST)
-        elif took < SECONDS_PER_LOOK / 4 and len(entries) == self._batch:
+        elif took < SECONDS_PER_LOOK and len(entries) == self._batch:
             self._batch = min(self._batch * 2, CHECKED_AT_ONCE)
 
     def _reject(self, ready: list[Ready], *, now: float, deadline: float) -> bool:

@@ -127,12 +127,12 @@ class BucketStep:
 
     def _run_eager(self, slot: _Slot, bucket: BucketReport, micro: MicroBatch) -> None:
         if slot.warm:  # memory is known to suffice
-            self._in_graph_memory(slot)
+            self._eagerly(slot)
             return
         # The first attempt may run out of memory half-way through the backward.
         written = (*self.grads, self.loss)
         if sum(buffer.numel() * buffer.element_size() for buffer in written) > MOST_KEPT:
-            self._in_graph_memory(slot)
+            self._eagerly(slot)
             slot.warm = True
             return
         kept = [buffer.clone() for buffer in written]
@@ -141,7 +141,7 @@ class BucketStep:
                 buffer.copy_(before)
             if self.cuda:
                 torch.cuda.empty_cache()
-            note = self.retreat()
+            note = self._drop_graphs() or self.retreat()
             if note:
                 self.report.notes.append(note)
                 continue
@@ -154,7 +154,7 @@ class BucketStep:
     def _attempt(self, slot: _Slot) -> str:
         """Empty, or what did not fit; as text, because the exception would keep the attempt's tensors alive."""
         try:
-            self._in_graph_memory(slot)
+            self._eagerly(slot)
         except torch.OutOfMemoryError as error:
             return str(error).split(".")[0]
         return ""
@@ -166,10 +166,24 @@ class BucketStep:
         for part in parts:
             self.run(part)
 
-    def _in_graph_memory(self, slot: _Slot) -> None:
-        """Eager work takes the graphs' memory: a second set of activations would not fit."""
-        with nullcontext() if self.pool is None else self.pool.memory():
+    def _eagerly(self, slot: _Slot) -> None:
+        with nullcontext() if self.pool is None else self.pool.beside():
             self._forward_backward(slot.inputs)
+
+    def _drop_graphs(self) -> str:
+        """Gives the graphs' memory up: an eager run needs as much beside it. Their shapes are captured again when they
+        come next, in the memory that all then share. Empty when there was none.
+        """
+        held = [slot for slot in self._slots.values() if slot.graph is not None]
+        if not held or self.pool is None:
+            return ""
+        for slot in held:
+            slot.graph = None
+        self.captures -= len(held)
+        self.pool = GraphPool(self.device)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return f"memory: {len(held)} captured shapes given up to make room for a new one; they are captured again"
 
     def _capture(self, slot: _Slot, bucket: BucketReport) -> None:
         """Sets ``slot.graph``, or ``bucket.reason``. Nothing is computed; gradients stay as they are."""

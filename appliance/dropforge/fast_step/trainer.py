@@ -23,6 +23,7 @@ from dropforge_kernels.patch.attention_interface import packed_attention
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dropforge.fast_step.graph import GraphPool
 from dropforge.fast_step.isolation import packing_obstacle
 from dropforge.fast_step.kernels import plan_layers, smaller_plan
 from dropforge.fast_step.late_log import LateLog
@@ -242,7 +243,8 @@ class FastStepMixin(_Base):
             )  # fmt: skip
             optimizer = self._flat_optimizer()
             if optimizer is not None and self._step.pool is not None:
-                optimizer.capture_with(self._step.pool.record)
+                # A pool of its own: the buckets' must be free to go when their graphs do.
+                optimizer.capture_with(GraphPool(self._step.device).record)
         return model, loader
 
     def _loss_of(self, model: Any) -> Any:

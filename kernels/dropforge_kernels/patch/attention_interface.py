@@ -105,15 +105,16 @@ def attention_forward(
     options: dict[str, Any] = {
         "causal": causal, "scale": scaling, "window": sliding_window, "softcap": softcap or None, "sinks": s_aux,
     }  # fmt: skip
-    if not packed:
+    if cu_seq_lens_q is None:
         return ops.attention(q, k, v, **options), None
-    rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
-    if causal and s_aux is None and q.shape[-1] <= WIDEST:
-        bounds = ops.document_bounds(cu_seq_lens_q, rows[0].shape[0])
-        out = ops.packed_attention(*rows, bounds, scale=scaling, window=sliding_window, softcap=softcap or None)
-        return out.view(q.shape), None
-    out = ops.attention(*rows, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q, validate=False, **options)
-    return out.view(q.shape), None
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    if causal and s_aux is None and shape[-1] <= WIDEST:
+        bounds = ops.document_bounds(cu_seq_lens_q, q.shape[0])
+        out = ops.packed_attention(q, k, v, bounds, scale=scaling, window=sliding_window, softcap=softcap or None)
+        return out.view(shape), None
+    out = ops.attention(q, k, v, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q, validate=False, **options)
+    return out.view(shape), None
 
 
 def _masked(
