@@ -109,7 +109,7 @@ def _short(row: dict[str, object]) -> str:
 
 
 def check_parity(args: argparse.Namespace, engines: list[str], weights: str) -> None:
-    """Every engine once; what an earlier command of this session checked on this code is not repeated."""
+    """Every engine once; what an earlier command checked, its results still in --work, is not repeated."""
     if not (args.work / f"truth-{weights}.pt").exists():
         start(args, "truth", "hf", weights)
     # hf is what the reference file's bf16 errors are made of
