@@ -48,3 +48,4 @@ def test_a_file_that_cannot_be_written_stops_nothing(root: DataRoot) -> None:
     (root.state / "daemon.log").mkdir()
     with DaemonLog(root):
         log.warning("still alive")
+    assert (root.state / "daemon.log").is_dir()

@@ -189,6 +189,7 @@ def test_an_adapter_switched_off_is_not_trained(tiny, batch):
     with model.disable_adapter():
         off = model(**batch).loss.detach()
     on = model(**batch).loss.detach()
+    assert session.report.declined == {"its adapter is switched off or merged": 1}
     session.close()
     with model.disable_adapter():
         assert distance(off, model(**batch).loss.detach()) < TOLERANCE
@@ -230,3 +231,39 @@ def test_kernels_of_a_packed_step(family, keep, tiny, batch):
         got = step(model, packed, num_items_in_batch=items)
     session.close()
     assert_same(got, want)
+
+
+def test_another_active_adapter_is_the_one_that_trains(tiny, batch, caplog):
+    """The engine has read the first adapter; with a second one active it must stand aside, and say so."""
+    from peft import LoraConfig
+
+    model = adapted(tiny("llama"))
+    torch.manual_seed(8)
+    model.add_adapter("second", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    model.set_adapter("default")
+    session, _ = engine_of(model)
+    model.set_adapter("second")
+    got = step(model, batch)
+    assert list(session.report.declined.values()) == [1]
+    assert "the hand-written layers stand aside: another adapter is active" in caplog.text
+    session.close()
+    want = step(model, batch)
+    assert all("second" in name for name in want[1])
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"output_hidden_states": True}, "attentions or hidden states were asked for"),
+        ({"something": 1}, "the forward was given something"),
+    ],
+)
+def test_calls_left_to_the_model_are_counted(extra, reason, tiny, batch):
+    from dropforge_kernels.patch.engine_call import final_hidden
+
+    model = adapted(tiny("llama"))
+    session, engine = engine_of(model)
+    assert final_hidden(engine, {"input_ids": batch["input_ids"], **extra}) is None
+    assert any(reason in line for line in session.report.lines())
+    session.close()

@@ -35,6 +35,8 @@ def kernels_in(model: nn.Module, plan: Plan, log: RunLog) -> Iterator[Session | 
     try:
         yield session
     finally:
+        for why, count in session.report.declined.items():
+            log.event("engine", text=f"{count} forwards took the model's own path: {why}")
         session.close()
 
 

@@ -6,8 +6,9 @@ module, so that everything else (dropout, DoRA, several adapters, trained base w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ from dropforge_kernels.patch.families._layers import LAYOUTS, LayerModules, Layo
 if TYPE_CHECKING:
     from dropforge_kernels.modules.offload import HostStore
 
+LOG = logging.getLogger("dropforge")
+
 
 class ObstacleError(Exception):
     """Why the engine cannot run this model; the text is for the report."""
@@ -37,12 +40,21 @@ class Engine:
     """transformers' model without the head: embed_tokens, layers, norm, rotary_emb."""
     decoder: Decoder
     weights: list[DenseWeights | Nf4Weights]
-    projections: list[nn.Module]
+    projections: list[tuple[nn.Module, Adapted]]
+    """Each projection and the adapter that was read from it."""
     pointers: list[tuple[nn.Parameter, int]]
     """The frozen matrices and where they were: a model that was moved meanwhile must not be trained from old memory."""
 
     planned: bool = False
     """Whether ``set_policies`` has decided what each layer keeps."""
+    declined: dict[str, int] = field(default_factory=dict)
+    """Why training forwards took the model's own path, and how many did."""
+
+    def decline(self, reason: str) -> None:
+        """Count a forward that is not the engine's; a new reason is logged, because the step is slower from then on."""
+        if reason not in self.declined:
+            LOG.warning("the hand-written layers stand aside: %s", reason)
+        self.declined[reason] = self.declined.get(reason, 0) + 1
 
     def set_policies(
         self, policies: Sequence[Keep], *, mlp_tile: int | None = None, store: HostStore | None = None
@@ -59,10 +71,13 @@ class Engine:
         for parameter, address in self.pointers:
             if parameter.data_ptr() != address:
                 return "its weights have moved since the engine was built"
-        for module in self.projections:
+        for module, was in self.projections:
             reason = _adapter_obstacle(module)
             if reason is not None:
                 return reason
+            now = _adapted(module)
+            if now.a is not was.a or now.b is not was.b or now.scale != was.scale:
+                return "another adapter is active than when the engine was built"
         return None
 
     def release(self) -> None:
@@ -112,7 +127,7 @@ def build_engine(model: nn.Module, family: str) -> Engine:
         inner=inner,
         decoder=decoder,
         weights=sources,
-        projections=[module for parts in modules for module in _projections(parts)],
+        projections=[(module, _adapted(module)) for parts in modules for module in _projections(parts)],
         pointers=pointers,
     )
 

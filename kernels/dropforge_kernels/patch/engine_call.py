@@ -26,7 +26,9 @@ KNOWN = {
 
 def final_hidden(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor | None:
     """The normed hidden states (B, S, H) for a training forward, or None when this call is not the engine's."""
-    if not _is_ours(inputs) or engine.obstacle() is not None:
+    reason = _not_ours(inputs) or engine.obstacle()
+    if reason is not None:
+        engine.decline(reason)
         return None
     inner = engine.inner
     if not engine.planned:
@@ -47,16 +49,19 @@ def final_hidden(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor | None:
     return hidden.view(shape)
 
 
-def _is_ours(inputs: dict[str, Any]) -> bool:
-    if any(value is not None for name, value in inputs.items() if name not in KNOWN):
-        return False
+def _not_ours(inputs: dict[str, Any]) -> str | None:
+    """Why these arguments need the model's own forward, or None."""
+    unknown = sorted(name for name, value in inputs.items() if name not in KNOWN and value is not None)
+    if unknown:
+        return f"the forward was given {', '.join(unknown)}"
+    if inputs.get("past_key_values") is not None:
+        return "the forward was given a cache"
+    if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
+        return "attentions or hidden states were asked for"
     mask = inputs.get("attention_mask")
-    return not (
-        inputs.get("past_key_values") is not None
-        or inputs.get("output_attentions")
-        or inputs.get("output_hidden_states")
-        or (mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2))
-    )
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        return "the attention mask is not one flag per token"
+    return None
 
 
 def _batch(inputs: dict[str, Any], embeds: torch.Tensor, shape: torch.Size) -> tuple[Batch, torch.Tensor | None]:

@@ -38,6 +38,8 @@ class PatchReport:
     skips: list[Skip] = field(default_factory=list)
     engine: str = ""
     """How the decoder layers run: hand-written, or why they are not."""
+    declined: dict[str, int] = field(default_factory=dict)
+    """Training forwards that the hand-written layers left to the model, by reason; counted as they happen."""
     wrapped: list[str] = field(default_factory=list)
     """Paths whose swapped forward somebody else had wrapped by the end: the wrapper stays, our part is switched off."""
 
@@ -52,6 +54,7 @@ class PatchReport:
         lines = [f"kernels: {name} in {count} modules" for name, count in self.counts().items()]
         if self.engine:
             lines.append(f"kernels: {self.engine}")
+        lines += [f"kernels: {count} forwards took the model's own path: {why}" for why, count in self.declined.items()]
         skipped = Counter((skip.patch, skip.reason) for skip in self.skips)
         for (patch, reason), count in skipped.items():
             where = f"{patch} in {count} modules" if patch else "the whole model"

@@ -134,6 +134,7 @@ def _engine(model: nn.Module, family: str, report: PatchReport) -> Engine | None
         report.engine = f"decoder layers run operation by operation: {obstacle}"
         return None
     report.engine = f"{len(engine.decoder.layers)} decoder layers train with their hand-written backward"
+    report.declined = engine.declined
     return engine
 
 
