@@ -3,6 +3,8 @@
 # What each variable means: docs/reference/container.md.
 set -euo pipefail
 data=${DROPFORGE_DATA:-/workspace/work} run=/run/dropforge
+# The first process of a container ignores signals it has no handler for, and a stop may come while all this still starts.
+trap 'exit 0' TERM INT
 
 fail() {
 	printf 'dropforge: %s\n' "$@" >&2
@@ -71,9 +73,8 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$data/cache/inductor} 
 [[ $DROPFORGE_VARIANT != cpu ]] || export DROPFORGE_DEVICE=${DROPFORGE_DEVICE:-cpu}
 [[ -z ${HF_TOKEN:-} ]] || export HF_TOKEN_PATH=$run/secrets/HF_TOKEN
 mkdir -p "$HOME"
-if (($#)); then
-	exec tini -- "$@"
-fi
-/opt/venv/bin/python /opt/dropforge/prepare.py
+(($# == 0)) || exec tini -- "$@"
+/opt/venv/bin/python /opt/dropforge/prepare.py &
+wait $! # unlike a program in the foreground, it lets the trap interrupt
 unset JUPYTER_PASSWORD USER_PASSWORD HF_TOKEN WANDB_API_KEY SSH_KEY PUBLIC_KEY DROPFORGE_STARTED_BY
 exec tini -- /opt/venv/bin/python /opt/dropforge/supervise.py

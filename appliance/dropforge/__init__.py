@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dropforge.fast_language_model import FastLanguageModel as FastLanguageModel
-    from dropforge.fast_model import FastModel as FastModel
-    from dropforge.fast_repairs import fix_untrained_tokens as fix_untrained_tokens
-    from dropforge.fast_scaling import average_models as average_models
-    from dropforge.fast_scaling import average_weights as average_weights
-    from dropforge.fast_scaling import scale_adapter as scale_adapter
-    from dropforge.fast_state import model_report as model_report
+    from dropforge.fast.language_model import FastLanguageModel as FastLanguageModel
+    from dropforge.fast.model import FastModel as FastModel
+    from dropforge.fast.repairs import fix_untrained_tokens as fix_untrained_tokens
+    from dropforge.fast.scaling import average_models as average_models
+    from dropforge.fast.scaling import average_weights as average_weights
+    from dropforge.fast.scaling import scale_adapter as scale_adapter
+    from dropforge.fast.state import model_report as model_report
     from dropforge.hardware_dtypes import is_bfloat16_supported as is_bfloat16_supported
     from dropforge.models.new_tokens import add_new_tokens as add_new_tokens
     from dropforge.trainers import DropforgeTrainer as DropforgeTrainer
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "FastLanguageModel": "dropforge.fast_language_model",
-    "FastModel": "dropforge.fast_model",
+    "FastLanguageModel": "dropforge.fast.language_model",
+    "FastModel": "dropforge.fast.model",
     "PatchDPOTrainer": "dropforge.trainers_preference",
     "DropforgeTrainer": "dropforge.trainers",
     "DropforgeTrainingArguments": "dropforge.trainers",
     "add_new_tokens": "dropforge.models.new_tokens",
-    "average_models": "dropforge.fast_scaling",
-    "average_weights": "dropforge.fast_scaling",
-    "fix_untrained_tokens": "dropforge.fast_repairs",
-    "model_report": "dropforge.fast_state",
-    "scale_adapter": "dropforge.fast_scaling",
+    "average_models": "dropforge.fast.scaling",
+    "average_weights": "dropforge.fast.scaling",
+    "fix_untrained_tokens": "dropforge.fast.repairs",
+    "model_report": "dropforge.fast.state",
+    "scale_adapter": "dropforge.fast.scaling",
     "is_bfloat16_supported": "dropforge.hardware_dtypes",
     "is_bf16_supported": "dropforge.hardware_dtypes",
 }

@@ -19,14 +19,15 @@ from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
-from dropforge.export.precheck import precheck
+from dropforge.export.beforehand import refuse_beforehand
 from dropforge.export.publish import publish_result, token_of
 from dropforge.export.samples import EVAL_FILE, read_samples, write_samples
 from dropforge.facts import data_facts, model_facts
 from dropforge.files import TEMPORARY_PREFIX, read_json, rename_folder, write_json, write_text
 from dropforge.hardware import GIB, probe
 from dropforge.locate import Locate, data_locator
-from dropforge.models.source import ModelSource, resolve_model
+from dropforge.models.code_approval import resolve_approved
+from dropforge.models.source import ModelSource
 from dropforge.paths import DataRoot, RunFolder, refuse_links
 from dropforge.pinned import pinned
 from dropforge.plan import Plan, make_plan
@@ -49,15 +50,12 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     seconds: dict[str, float] = {}
     started = time.monotonic()
     log.state(State.PREPARING, attempt=attempt)
-    source = resolve_model(read_spec(run).model, root=root)
+    source = resolve_approved(read_spec(run).model, root=root, run=run)
     spec = pin_revision(run, source)
     log.event("model", id=source.id, revision=source.revision, kind=source.kind)
     token_of(spec, root)
     if not is_trained(run):
-        precheck(
-            asked_exports(spec), base=source.path, use_dora=spec.adapter.use_dora,
-            modules_to_save=spec.adapter.modules_to_save,
-        )  # fmt: skip
+        refuse_beforehand(spec, asked_exports(spec), run=run, root=root, source=source)
         shutil.rmtree(root.result(spec.slug, run.id).path, ignore_errors=True)  # of weights that are no more
         train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
     stop.raise_if_requested()
@@ -72,15 +70,9 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     result = root.result(spec.slug, run.id)
     refuse_links(result.path, below=root.path)
     finish_result(
-        result,
-        spec=spec,
-        run=run,
-        source=source,
-        record=training_record(run),
-        exports=reports,
-        seconds=seconds,
+        result, spec=spec, run=run, source=source, record=training_record(run), exports=reports, seconds=seconds,
         root=root,
-    )
+    )  # fmt: skip
     log.event("result", path=str(result.path.relative_to(root.path)))
     log.progress(problems=[asdict(report.problem) for report in reports if report.problem])
     return State.SUCCEEDED if all(report.ok for report in reports) else State.PARTIAL
@@ -94,7 +86,7 @@ def train(
     import torch
 
     from dropforge.data import prepare_data
-    from dropforge.fast_repairs import untrained_in
+    from dropforge.fast.repairs import untrained_in
     from dropforge.fast_step.kernels import kernels_in
     from dropforge.models.load import attach_adapter, check_fit, load_model, save_trained
     from dropforge.models.plain_lora import initial_pairs
@@ -175,6 +167,7 @@ def export(
     is_lora = spec.adapter.type == "lora"
     request = ExportRequest(
         base_path=source.path,
+        runs_code=source.runs_code,
         adapter=run.trained / "adapter" if is_lora else None,
         full=None if is_lora else run.trained / "full",
         tokenizer=run.trained / "tokenizer",
@@ -186,6 +179,7 @@ def export(
         system=spec.data.system or training_record(run).data["system"],
         model_id=source.id,
         license=license_of(source.path),
+        imatrix=run.imatrix if run.imatrix.exists() else None,
         samples=read_samples(run.trained),
         eval_samples=read_samples(run.trained, file=EVAL_FILE),
     )
@@ -223,9 +217,10 @@ def export_more(
     run = root.run(job_id)
     if not is_trained(run):
         raise CommandError(f"job {job_id} has no trained weights yet", code="job-not-trained", fix="wait for it to end")
-    value = json.loads(read_spec(run).model_dump_json()) | {"export": list(kinds)}
+    value = json.loads(read_spec(run).model_dump_json()) | {"export": list(kinds), "imatrix": None}
     spec = check(json.dumps(value).encode(), filename="export.json").resolved
-    source = resolve_model(spec.model, root=root)
+    source = resolve_approved(spec.model, root=root, run=run)
+    refuse_beforehand(spec, spec.export, run=run, root=root, source=source)
     started = time.monotonic()
     shown = _Printing(run, log)
     reports = export(spec, kinds=spec.export, run=run, root=root, source=source, log=shown)

@@ -100,4 +100,19 @@ def _exports(exports: tuple[ExportReport, ...]) -> list[str]:
         "Mean KL: how much the file's next-token predictions differ from those of the model it was made from (the",
         "merged folder; for the merged folder and the adapter, the model as it was trained), in nats; 0 is equal.",
     ]
+    return [*lines, *_enlarged(exports)]
+
+
+def _enlarged(exports: tuple[ExportReport, ...]) -> list[str]:
+    """Which tensors of which GGUF have another type than its name says."""
+    lines: list[str] = []
+    for report in exports:
+        found = report.checks.get("tensors_stored_larger") or {}
+        by_change: dict[str, list[str]] = {}
+        for name, change in found.items():
+            by_change.setdefault(change, []).append(f"`{name}`")
+        for change, names in by_change.items():
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            wanted, _, used = change.partition(" -> ")
+            lines += ["", f"`{report.path}` stores {shown} as {used}: their rows do not divide into {wanted}'s blocks."]
     return lines

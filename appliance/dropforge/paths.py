@@ -94,6 +94,16 @@ class RunFolder:
         return self.path / "data"
 
     @property
+    def code(self) -> Path:
+        """The code that came with the model, file by file, when the job was held because of it."""
+        return self.path / "code.json"
+
+    @property
+    def imatrix(self) -> Path:
+        """The importance matrix that came with the job."""
+        return self.path / "imatrix.gguf"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -38,8 +38,6 @@ def not_yet(spec: Spec) -> list[Problem]:
     if init in ("pissa", "olora") and spec.model.quantization != "none":
         # They change the base weights; only of weights that are not quantised can that be undone exactly.
         asked.append(("adapter.init_lora_weights", spec.adapter.init_lora_weights, "0.2"))
-    if spec.model.remote_code:
-        asked.append(("model.remote_code", "true", "0.2"))
     if spec.train.on_oom == "shrink":
         asked.append(("train.on_oom", "shrink", "0.2"))
     if isinstance(spec.resources.gpus, str) or spec.resources.gpus > 1:

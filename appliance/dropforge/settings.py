@@ -37,6 +37,8 @@ class Settings:
     """DROPFORGE_NOTIFY_URL: where the daemon tells of ended jobs; default: the content of secrets/NOTIFY_URL."""
     notify_format: str
     """DROPFORGE_NOTIFY_FORMAT: webhook (JSON) or ntfy."""
+    allow_remote_code: bool
+    """DROPFORGE_ALLOW_REMOTE_CODE: 1 lets code that comes with a model run once it is approved; default: never."""
     ollama_url: str
     """DROPFORGE_OLLAMA_URL: a running Ollama (http://127.0.0.1:11434) that gets every `ollama` export; empty: none."""
 
@@ -60,6 +62,7 @@ def _read() -> Settings:
         metrics_port=int(_number("DROPFORGE_METRICS_PORT", 0, unit="the number of a port")),
         notify_url=env.get("DROPFORGE_NOTIFY_URL") or "",
         notify_format=env.get("DROPFORGE_NOTIFY_FORMAT") or "webhook",
+        allow_remote_code=_switch("DROPFORGE_ALLOW_REMOTE_CODE"),
         ollama_url=env.get("DROPFORGE_OLLAMA_URL") or "",
     )
 
@@ -82,6 +85,19 @@ def _number(name: str, default: float, *, unit: str = "a number of seconds") -> 
             fix=f"unset it, or set it to a number such as {default:g}",
         )
     return value
+
+
+def _switch(name: str) -> bool:
+    """Off unless said; a word that is neither stops everything, because one who meant "off" must not get "on"."""
+    from dropforge.errors import EnvironmentFault
+
+    text = os.environ.get(name, "")
+    if text not in ("", "0", "1"):
+        raise EnvironmentFault(
+            f"{name} must be 1 (on) or 0 (off), not {text!r}", code="setting-invalid",
+            where=f"environment variable {name}", fix="unset it, or set it to 1",
+        )  # fmt: skip
+    return text == "1"
 
 
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|PRIVATE_KEY)(_|$)", re.IGNORECASE)

@@ -88,7 +88,7 @@ class ModelSpec(Section):
     max_seq_length: int = Field(default=2048, ge=8, le=4_194_304)
     """Longest training row, in tokens; longer rows are truncated and counted."""
     remote_code: bool = False
-    """Ask to run Python code that comes with the model. Held until a person approves."""
+    """Ask to run Python code that comes with the model; a hub model then needs its full commit. Held until it is approved."""
 
 
 class AdapterSpec(Section):
@@ -376,6 +376,8 @@ class Spec(Section):
     """Where metrics go beside metrics.jsonl."""
     rerun: bool = False
     """Run although the same file is queued or running already."""
+    imatrix: Annotated[str, AfterValidator(relative_path)] | None = Field(default=None, min_length=1, max_length=1000)
+    """An importance matrix (llama.cpp's) for GGUF exports, named like data; default: made where a type needs it."""
     export: Annotated[
         tuple[Annotated[str, AfterValidator(check_export)], ...],
         BeforeValidator(normalise_exports, json_schema_input_type=str | list[str]),
@@ -386,6 +388,8 @@ class Spec(Section):
     def _parts_fit(self) -> Spec:
         if self.train.early_stopping and self.data.eval is None:
             raise ValueError("train.early_stopping needs data.eval, for instance `eval: {fraction: 0.05}`")
+        if self.imatrix is not None and not any(entry.startswith(("gguf:", "ollama")) for entry in self.export):
+            raise ValueError("imatrix is for GGUF files, and none is asked for; leave it out, or export gguf:q4_k_m")
         if self.adapter.type == "full" and "adapter" in self.export:
             raise ValueError("export `adapter` needs adapter.type: lora; full fine-tuning exports `merged`")
         if self.adapter.type == "full" and self.model.quantization != "none":

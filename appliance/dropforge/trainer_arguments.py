@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dropforge.errors import CommandError
-from dropforge.fast_state import ModelState
+from dropforge.fast.state import ModelState
 
 LOG = logging.getLogger("dropforge")
 RENAMED = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps",
@@ -37,6 +37,7 @@ class OlderNames:
         translated = modern_names(type(self), arguments)
         self.embedding_learning_rate: float | None = translated.pop(OURS, None)
         self.length_given = "max_length" in translated
+        self.recomputes_given: bool | None = translated.get("gradient_checkpointing")
         self.precision_given = bool(translated.get("bf16") or translated.get("fp16"))
         if not torch.cuda.is_available():
             translated.setdefault("use_cpu", True)
@@ -56,7 +57,7 @@ def modern_names(config: type, arguments: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in arguments.items():
         if name in WITHOUT_EFFECT and name not in fields:
-            LOG.info("%s has no effect any more: %s", name, WITHOUT_EFFECT[name])
+            LOG.warning("%s has no effect: %s", name, WITHOUT_EFFECT[name])
             continue
         new = name if name in fields else RENAMED.get(name)
         if new is None or new not in fields:
@@ -89,7 +90,7 @@ def as_config(args: Any, config: type) -> Any:
     if given.get("train_sampling_strategy") == "random":
         del given["train_sampling_strategy"]  # the default; some losses need another
     made = config(**given)
-    for name in (OURS, "precision_given"):
+    for name in (OURS, "precision_given", "recomputes_given"):
         setattr(made, name, getattr(args, name, None) or None)
     made.length_given = False
     return made
@@ -141,9 +142,25 @@ def fit_to_model(config: Any, state: ModelState | None) -> Any:
                 LOG.warning("rows are cut at %d tokens, the max_seq_length given at loading", state.max_seq_length)
             config.max_length = state.max_seq_length
     _fit_precision(config, state)
+    _set_aside(config, state)
     config.gradient_checkpointing = state.checkpointing
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
     return config
+
+
+def _set_aside(config: Any, state: ModelState) -> None:
+    """What a loaded model decides by itself, said where the config asks for something else."""
+    asked = getattr(config, "recomputes_given", None)
+    if asked is not None and asked != state.checkpointing:
+        LOG.warning(
+            "gradient_checkpointing=%s has no effect: use_gradient_checkpointing of get_peft_model decides, and is %s",
+            asked, state.checkpointing,
+        )  # fmt: skip
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(config, name, False):
+            LOG.warning("%s has no effect: it would round the trained weights; %s", name,
+                        "evaluation computes in the model's own type")  # fmt: skip
+            setattr(config, name, False)
 
 
 def _fit_precision(config: Any, state: ModelState) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from dropforge.errors import CommandError
-from dropforge.fast_state import state_of
+from dropforge.fast.state import state_of
 
 RUN_FILE = "dropforge_run.json"
 _SAMPLED = 50
@@ -20,6 +21,8 @@ FIXES = {
     "rows": ("train_dataset", "give the same rows in the same order as then"),
     "data": ("train_dataset", "give the same rows in the same order as then"),
 }
+WORDS = {"model": "the models", "trained": "the trained weights", "optimizer": "the optimizers",
+         "rows": "the numbers of rows", "data": "the rows"}  # fmt: skip
 
 
 def run_record(trainer: Any) -> dict[str, Any]:
@@ -30,7 +33,8 @@ def run_record(trainer: Any) -> dict[str, Any]:
     apart = getattr(args, "embedding_learning_rate", None) is not None
     return {
         "model": state.source.id if state else type(model).__name__,
-        "trained": _digest(trained),
+        "trained": f"{sum(math.prod(shape) for _, shape in trained)} values in {len(trained)} tensors, "
+        f"names and shapes {_digest(trained)}",
         "optimizer": f"{args.optim}{' with its own embedding rate' if apart else ''}",
         **_data(trainer.train_dataset),
     }
@@ -85,7 +89,7 @@ def check_same_run(folder: Path, trainer: Any) -> None:
     for name, (argument, fix) in FIXES.items():
         if name in then and name in now and then[name] != now[name]:
             raise CommandError(
-                f"{folder.name} is a checkpoint of another run: its {name} differs", code="api-other-run",
+                f"{folder.name} is a checkpoint of another run: {WORDS[name]} differ", code="api-other-run",
                 where=f"resume_from_checkpoint, {argument}", why=f"then {then[name]}, now {now[name]}",
                 fix=f"{fix}; or load the checkpoint as an adapter, from_pretrained({str(folder)!r}), and start anew",
             )  # fmt: skip

@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
+def prepared(dataset: Any, tokenizer: Any, config: Any) -> Any:
+    """``answers_of`` and ``tokenised`` of a data set, or of each one in a dictionary."""
+    if isinstance(dataset, dict):
+        return {name: prepared(part, tokenizer, config) for name, part in dataset.items()}
+    return tokenised(answers_of(dataset, tokenizer, config), tokenizer, config)
+
+
 def answers_of(dataset: Any, tokenizer: Any, config: Any) -> Any:
     """Conversations with `assistant_only_loss` as input_ids and labels; other data sets as they are. Amends `config`.
 
@@ -15,7 +22,7 @@ def answers_of(dataset: Any, tokenizer: Any, config: Any) -> Any:
     from dropforge.data.tokenize import tokenize_conversations
 
     columns = getattr(dataset, "column_names", None)
-    if not config.assistant_only_loss or not isinstance(columns, list) or "messages" not in columns:
+    if _ready(config) or not config.assistant_only_loss or not isinstance(columns, list) or "messages" not in columns:
         return dataset
     renderer = Renderer(tokenizer)
 
@@ -31,6 +38,11 @@ def answers_of(dataset: Any, tokenizer: Any, config: Any) -> Any:
     )
 
 
+def _ready(config: Any) -> bool:
+    """The script prepares its rows itself."""
+    return bool((config.dataset_kwargs or {}).get("skip_prepare_dataset", False))
+
+
 def tokenised(dataset: Any, tokenizer: Any, config: Any) -> Any:
     """A data set of rendered texts as input_ids; others (conversations, prompts, tokenised, streamed) as they are.
 
@@ -39,7 +51,7 @@ def tokenised(dataset: Any, tokenizer: Any, config: Any) -> Any:
     """
     field = config.dataset_text_field
     columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or field not in columns or "input_ids" in columns:
+    if _ready(config) or not isinstance(columns, list) or field not in columns or "input_ids" in columns:
         return dataset
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 import trl
+from peft import PeftModel
 from transformers import TrainingArguments as PlainTrainingArguments
 
-from dropforge.fast_modes import to_training
-from dropforge.fast_repairs import warn_of_untrained
-from dropforge.fast_state import state_of
+from dropforge.fast.modes import to_training
+from dropforge.fast.repairs import warn_of_untrained
+from dropforge.fast.state import state_of
 from dropforge.fast_step.trainer import FastOptions, FastStepMixin
 from dropforge.parameter_groups import EmbeddingRateMixin
+from dropforge.plain_head import add_plain_head
 from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
-from dropforge.trainer_fast import fast_options
+from dropforge.trainer_checks import check_rows, check_trainable
+from dropforge.trainer_fast import fast_options, own_parts
 from dropforge.trainer_records import check_same_run, find_checkpoint, write_record
-from dropforge.trainer_texts import answers_of, encode_text, tokenised
+from dropforge.trainer_texts import encode_text, prepared
 
 if TYPE_CHECKING:
     from dropforge.trainers_preference import CPOConfig as CPOConfig
@@ -85,6 +88,7 @@ class Trainer(RunRecord, EmbeddingRateMixin, transformers.Trainer):
     def __init__(self, model: Any = None, args: Any = None, *, tokenizer: Any = None, **others: Any) -> None:
         others.setdefault("processing_class", tokenizer)
         state = state_of(model)
+        check_trainable(model, state)
         if state is not None:
             to_training(model)
         super().__init__(model=model, args=fit_to_model(as_config(args, TrainingArguments), state), **others)
@@ -118,14 +122,19 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
         state = state_of(model)
         config = fit_to_model(with_moved(as_config(args, SFTConfig), moved), state)
         tokens = processing_class or tokenizer or (state.tokenizer if state else None)
+        check_trainable(model, state)
         if state is not None:
             to_training(model)
+        if formatting_func is None:
+            check_rows(train_dataset, config, argument="train_dataset")
+            check_rows(eval_dataset, config, argument="eval_dataset")
         if tokens is not None and formatting_func is None:
-            train_dataset = tokenised(answers_of(train_dataset, tokens, config), tokens, config)
-            eval_dataset = tokenised(answers_of(eval_dataset, tokens, config), tokens, config)
+            train_dataset = prepared(train_dataset, tokens, config)
+            eval_dataset = prepared(eval_dataset, tokens, config)
             config.assistant_only_loss = config.assistant_only_loss and not _has_labels(train_dataset)
         trained = _trained_values(model)
-        options = fast_options(fast, config=config, model=model, dataset=train_dataset, state=state)
+        own = own_parts(type(self), DropforgeTrainer if isinstance(self, DropforgeTrainer) else SFTTrainer, stay)
+        options = fast_options(fast, config=config, model=model, dataset=train_dataset, state=state, own=own)
         super().__init__(
             model=model, args=config, processing_class=tokens, train_dataset=train_dataset, eval_dataset=eval_dataset,
             formatting_func=formatting_func, fast=options, kernels=state.session if state else None, **stay,
@@ -134,6 +143,9 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if name in trained:
                 parameter.data = trained[name]
+        if self.args.device.type == "cpu" and config.loss_type != "nll":
+            made: Any = self.model
+            add_plain_head(made.get_base_model() if isinstance(made, PeftModel) else made)
         if state is not None:
             warn_of_untrained(self.train_dataset, model, state)
 
@@ -144,7 +156,9 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
 
         Evaluation on a GPU takes TRL's, which does not form the logits either.
         """
-        if self.args.device.type == "cpu" or (model.training and self._has_our_loss()):
+        config: Any = self.args
+        plain = config.device.type == "cpu" and config.loss_type == "nll"
+        if plain or (model.training and self._has_our_loss()):
             inputs = {**inputs, "use_cache": False}
             return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -9,11 +9,12 @@ import trl
 from peft import PeftModel
 from transformers import TrainingArguments as PlainTrainingArguments
 
-from dropforge.fast_modes import to_training
-from dropforge.fast_state import state_of
+from dropforge.fast.modes import to_training
+from dropforge.fast.state import state_of
 from dropforge.parameter_groups import EmbeddingRateMixin
 from dropforge.plain_head import add_plain_head
 from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, split_moved, with_moved
+from dropforge.trainer_checks import check_trainable
 from dropforge.trainers import RunRecord
 
 with warnings.catch_warnings():
@@ -54,6 +55,7 @@ class _Older(RunRecord, EmbeddingRateMixin):
         stay, moved = split_moved(self._plain, self._config, others)
         state = state_of(model)
         config = fit_to_model(with_moved(as_config(args, self._config), moved), state)
+        check_trainable(model, state)
         if state is not None:
             to_training(model)
         if ref_model is not None:

@@ -22,8 +22,9 @@ HOOKS = "/etc/dropforge/after-start.d"
 def main() -> int:
     facts, started = read_facts(), time.monotonic()
     doctor = subprocess.Popen(["/opt/venv/bin/dropforge", "doctor", "--json"], stdout=subprocess.PIPE)
-    while (faults := problems(facts)) and time.monotonic() - started < WAIT_SECONDS:
+    while (faults := problems(facts, ask_sshd=False)) and time.monotonic() - started < WAIT_SECONDS:
         time.sleep(0.3)
+    faults = faults or problems(facts)
     print(block(facts, faults, findings(doctor)), flush=True)
     subprocess.run(["/opt/dropforge/hooks.sh", HOOKS], check=False)
     return 1 if faults else 0

@@ -181,7 +181,7 @@ def test_merging_leaves_the_start_of_the_adapter_out(init, four, tmp_path):
     model, tokenizer = load(load_in_4bit=True) if four else load()
     model = adapted(model, r=8, init_lora_weights=init)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
-    from dropforge.fast_saving import _save_trained
+    from dropforge.fast.saving import _save_trained
 
     folder, _ = _save_trained(model, tmp_path, base="builtin:tiny-llama")
     base, _ = load()

@@ -68,7 +68,7 @@ def test_arguments_of_other_libraries(caplog):
     )  # fmt: skip
     assert "offload_embedding has no effect: the embedding stays" in caplog.text
     from dropforge import FastLanguageModel
-    from dropforge.fast_state import state_of
+    from dropforge.fast.state import state_of
 
     assert state_of(model).checkpointing is True
     for arguments, code, where in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import dropforge
-from dropforge.fast_extras import ADAPTER, LOADING
+from dropforge.fast.extras import ADAPTER, LOADING
 from dropforge.trainer_arguments import RENAMED, WITHOUT_EFFECT
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "porting.md"

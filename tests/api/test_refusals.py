@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dropforge.errors import CommandError, DropforgeError, ModelError
+from dropforge.errors import CommandError, DataError, DropforgeError, ModelError
 
 
 @pytest.fixture
@@ -24,7 +24,10 @@ def no_weights(monkeypatch):
         ({"load_in_4bit": True, "load_in_8bit": True}, "api-two-precisions", "load_in_4bit, load_in_8bit"),
         ({"load_in_4bit": True, "full_finetuning": True}, "api-two-precisions", "load_in_4bit, full_finetuning"),
         ({"max_seq_length": 4096}, "api-length", "max_seq_length"),
+        ({"load_in_16bit": True, "full_finetuning": True}, "api-two-precisions", "load_in_16bit, full_finetuning"),
         ({"max_seq_length": 0}, "api-length", "max_seq_length"),
+        ({"max_seq_length": "2048"}, "api-length", "max_seq_length"),
+        ({"max_seq_len": 512}, "api-argument", "max_seq_len"),
         ({"dtype": "bf16"}, "api-dtype", "dtype"),
         ({"kernels": "yes"}, "api-kernels", "kernels"),
     ],
@@ -67,8 +70,78 @@ def test_target_modules_and_second_adapter():
         FastLanguageModel.get_peft_model(model, modules_to_save=["embeddings"])
     assert not any("lora_" in name for name, _ in model.named_parameters())
     model = FastLanguageModel.get_peft_model(model, target_modules="all-linear")
-    with pytest.raises(CommandError, match="has an adapter already"):
-        FastLanguageModel.get_peft_model(model)
+    with pytest.raises(CommandError, match="has an adapter already, with another r"):
+        FastLanguageModel.get_peft_model(model, r=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "where", "fix"),
+    [
+        ({"target_modules": ["qproj"]}, "adapter-target-unknown", "target_modules", "did you mean 'q_proj'?"),
+        ({"target_modules": "q_prj"}, "adapter-target-unknown", "target_modules", "write ['q_proj'], as a list"),
+        ({"target_modules": "q_(proj"}, "adapter-target-unknown", "target_modules", "write ['q_proj'], as a list"),
+        ({"r": 0}, "api-lora", "r", "at least 1"),
+        ({"r": "16"}, "api-lora", "r", "at least 1"),
+        ({"lora_alpha": -1}, "api-lora", "lora_alpha", "above 0"),
+        ({"lora_dropout": 1.5}, "api-lora", "lora_dropout", "from 0 to less than 1"),
+        ({"bias": "some"}, "api-lora", "bias", "none, all, lora_only"),
+    ],
+)
+def test_arguments_of_get_peft_model(arguments, code, where, fix, loaded):
+    from dropforge import FastLanguageModel
+
+    before = [name for name, _ in loaded.named_parameters()]
+    with pytest.raises(DropforgeError) as caught:
+        FastLanguageModel.get_peft_model(loaded, **arguments)
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.where) == (code, where) and fix in problem.fix
+    assert [name for name, _ in loaded.named_parameters()] == before
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A model that no refusal changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DROPFORGE_DATA", str(tmp_path_factory.mktemp("data")))
+        return load()[0]
+
+
+def test_nothing_that_can_be_trained(caplog):
+    """4 bits without an adapter cannot be trained; 16 bits can, but hardly anybody means it."""
+    from datasets import Dataset
+    from dropforge import FastLanguageModel
+    from dropforge.trainers import SFTConfig, SFTTrainer
+
+    rows, config = Dataset.from_dict({"text": ["a b c"]}), SFTConfig(output_dir="x", report_to="none", max_steps=1)
+    model, tokenizer = FastLanguageModel.from_pretrained("builtin:tiny-llama", load_in_4bit=True)
+    with pytest.raises(CommandError) as caught:
+        SFTTrainer(model, config, tokenizer=tokenizer, train_dataset=rows)
+    assert caught.value.code == "api-no-adapter" and "get_peft_model(model)" in caught.value.problems[0].fix
+    model, tokenizer = load()
+    SFTTrainer(model, config, tokenizer=tokenizer, train_dataset=rows)
+    assert "every weight of the model is trained, in float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "field", "code", "fix"),
+    [
+        ({"text": []}, "text", "api-no-rows", "filter()"),
+        ({"txt": ["a"]}, "text", "api-no-column", "dataset_text_field='txt'"),
+        ({"body": ["a"]}, "text", "api-no-column", "formatting_func"),
+    ],
+)
+def test_rows_that_cannot_be_read(columns, field, code, fix, loaded):
+    from datasets import Dataset
+    from dropforge.trainer_checks import check_rows
+    from dropforge.trainers import SFTConfig
+
+    config = SFTConfig(output_dir="x", dataset_text_field=field)
+    with pytest.raises(DataError) as caught:
+        check_rows(Dataset.from_dict(columns), config, argument="train_dataset")
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.where.split(",")[0]) == (code, "train_dataset") and fix in problem.fix
+    config.dataset_kwargs = {"skip_prepare_dataset": True}
+    check_rows(Dataset.from_dict(columns), config, argument="train_dataset")
 
 
 def test_required_kernels_that_do_not_fit():

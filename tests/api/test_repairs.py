@@ -20,7 +20,7 @@ def load(folder="builtin:tiny-llama", **arguments):
 
 
 def repairs(model):
-    from dropforge.fast_state import state_of
+    from dropforge.fast.state import state_of
 
     return state_of(model).repairs
 
@@ -116,13 +116,15 @@ def test_untrained_tokens_are_found_and_set_to_the_mean_on_request(broken, caplo
     assert {start, end, 100} <= set(fixed)
     kept = [index for index in range(len(tokenizer)) if index not in fixed]
     for weight in (table, model.get_output_embeddings().weight):
-        assert torch.allclose(weight[start], weight[kept].mean(dim=0), atol=1e-6)
+        spread, mean = torch.std_mean(weight[kept], dim=0)
+        away = ((weight[fixed] - mean) / spread).pow(2).mean().sqrt()
+        assert 0.05 < away < 0.15 and not torch.equal(weight[start], weight[end])
     assert torch.equal(table[kept], before[kept])
-    assert fix_untrained_tokens(model, tokenizer) == [] and "set to the mean" in repairs(model)[-1]
+    assert fix_untrained_tokens(model, tokenizer) == [] and "set near the mean" in repairs(model)[-1]
 
 
 def test_rows_that_differ_are_not_called_untrained():
-    from dropforge.fast_repairs import untrained_rows
+    from dropforge.fast.repairs import untrained_rows
 
     weight = torch.randn(40_000, 8).bfloat16()
     weight[7] = weight[39_000]
@@ -139,7 +141,7 @@ def test_rows_that_differ_are_not_called_untrained():
     [("gemma3_text", True, torch.bfloat16), ("gemma2", False, torch.float32), ("llama", True, torch.float16)],
 )
 def test_families_that_overflow_in_fp16(family, bf16, expected):
-    from dropforge.fast_repairs import compute_dtype
+    from dropforge.fast.repairs import compute_dtype
 
     dtype, line = compute_dtype(torch.float16, model_type=family, bf16=bf16)
     assert dtype is expected and (line is None) == (family == "llama")
@@ -155,7 +157,7 @@ def test_a_gemma_in_fp16_is_loaded_in_another_type_and_trains_without_fp16(check
     expected = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     assert model.dtype is expected
     assert any(line.startswith("fp16 -> ") and "gemma3_text" in line for line in repairs(model))
-    from dropforge.fast_state import state_of
+    from dropforge.fast.state import state_of
 
     asked = SimpleNamespace(use_cpu=False, fp16=True, bf16=False, max_length=64, length_given=True)
     fitted = fit_to_model(asked, state_of(model))
@@ -163,7 +165,7 @@ def test_a_gemma_in_fp16_is_loaded_in_another_type_and_trains_without_fp16(check
 
 
 def test_fp16_asked_of_a_model_that_computes_in_bf16():
-    from dropforge.fast_state import state_of
+    from dropforge.fast.state import state_of
     from dropforge.trainer_arguments import fit_to_model
 
     model, _ = load(dtype="bfloat16")

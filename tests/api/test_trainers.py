@@ -64,7 +64,7 @@ def test_rows_are_as_long_as_the_model_was_told_and_never_longer(parts):
 
 def test_the_fused_loss_trains_like_the_models_own(parts):
     """Same data, same seed, patched and unpatched: the same losses; and the logits were never formed."""
-    from dropforge.fast_language_model import state_of
+    from dropforge.fast.language_model import state_of
     from dropforge.trainers import SFTConfig, SFTTrainer
 
     model, tokenizer, texts = parts
@@ -87,7 +87,7 @@ def test_the_fused_loss_trains_like_the_models_own(parts):
 def test_inference_between_two_trainings(parts):
     """for_inference computes with the model's own code; for_training swaps back, also after a trainer wrapped it."""
     from dropforge import FastLanguageModel
-    from dropforge.fast_language_model import state_of
+    from dropforge.fast.language_model import state_of
     from dropforge.trainers import SFTConfig, SFTTrainer
 
     model, tokenizer, texts = parts

@@ -6,12 +6,14 @@ import csv
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
-from benchmarks.trainers import models, one, page, run
+from benchmarks.trainers import models, one, page, plan, run
+from benchmarks.trainers.clock import busy_ms
 from benchmarks.trainers.documents import documents
 
 
@@ -32,11 +34,60 @@ def test_ours_runs_and_its_row_becomes_a_page(tmp_path):
     assert row["valid_tok_s"] > 0
     assert row["grad_norm"] > 0
     assert row["filled"] > 0.9
+    assert row["micro_batches"] == 1
+    assert 0 < row["host_ms_per_micro"] <= 2 * row["wall_ms_per_micro"]
     table = tmp_path / "r.csv"
     run._append(table, {**row, "status": "ok", "commit": "abc"})
     run._append(table, {"engine": "unsloth_packed", "model": "tiny", "data": "tiny", "status": "more than 5 s"})
-    assert [r["engine"] for r in csv.DictReader(table.open())] == ["dropforge_packed", "unsloth_packed"]
+    assert [r["engine"] for r in csv.DictReader(table.read_text().splitlines())] == [
+        "dropforge_packed",
+        "unsloth_packed",
+    ]
     page.page(table, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "| dropforge_packed |" in text
     assert "failed: more than 5 s" in text
+
+
+def test_a_file_of_older_columns_is_widened(tmp_path):
+    table = tmp_path / "r.csv"
+    table.write_text("engine,model,data,status\nunsloth,tiny,tiny,ok\n")
+    for _ in range(2):
+        run._append(table, {"engine": "trl", "model": "tiny", "data": "tiny", "status": "ok", "host_share": 0.1})
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["engine"] for row in rows] == ["unsloth", "trl", "trl"]
+    assert [row["host_share"] for row in rows] == ["", "0.1", "0.1"]
+
+
+def test_a_plan_is_taken_up_where_it_ended(tmp_path):
+    every = list(plan.pending(["4b", "0.6b"], []))
+    assert [entry.engine for entry in every[:3]] == ["dropforge_packed", "unsloth_packed", "dropforge_packed"]
+    table = tmp_path / "r.csv"
+    for engine, status in (("dropforge_packed", "ok"), ("unsloth_packed", "more than 5 s")):
+        run._append(table, {"engine": engine, "model": "qwen3-4b", "data": "alpaca", "status": status})
+    rest = list(plan.pending(["4b", "0.6b"], [table, tmp_path / "none.csv"]))
+    assert rest == every[1:]  # a failed run is run again, and of two equal ones one is left
+    with pytest.raises(KeyError):
+        list(plan.pending(["5b"], []))
+
+
+def test_every_planned_run_can_be_run():
+    for part, runs in plan.PARTS.items():
+        assert runs, part
+        for entry in runs:
+            assert entry.engine in run.ENGINES
+            assert entry.model in models.MODELS
+            assert entry.steps >= 10
+
+
+def test_busy_time_counts_overlapping_kernels_once():
+    from torch.autograd import DeviceType
+
+    def event(start, end, kind=DeviceType.CUDA, annotation=False):
+        return SimpleNamespace(
+            time_range=SimpleNamespace(start=start, end=end), device_type=kind, is_user_annotation=annotation
+        )
+
+    events = [event(0, 1000), event(500, 1500), event(600, 700), event(5000, 6000),
+              event(0, 9000, DeviceType.CPU), event(0, 9000, annotation=True)]  # fmt: skip
+    assert busy_ms(events) == pytest.approx(2.5)

@@ -18,6 +18,7 @@ SURFACE = {
     "logs": {"job", "--data", "--follow", "--json"},
     "cancel": {"job", "--data", "--json"},
     "retry": {"job", "--data", "--json"},
+    "release": {"job", "--trust-code", "--data", "--json"},
     "export": {"job", "kinds", "--data", "--json"},
     "chat": {"result", "--prompt", "--system", "--max-tokens", "--temperature", "--data", "--json"},
     "data": {

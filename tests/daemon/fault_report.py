@@ -2,7 +2,7 @@
 
 docs/reference/fault-tests.json holds what was measured, fault-tests.md is made from it. With numbers (`fault_report.py 3 12`)
 only those are run again; each result carries the commit and the day of its own run. Tests of the image run with
-`--image`, after `make image-test` has built it. `--page` only writes the page again.
+`--image` or alone with `--image-only`, after `make image-test` has built it. `--page` only writes the page again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("numbers", nargs="*", type=int, help="faults to try, 0: what is measured besides; default: all")
     parser.add_argument("--image", action="store_true", help="also the tests that need the container image")
+    parser.add_argument("--image-only", action="store_true", help="the tests that need the container image, no others")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page from the results")
     options = parser.parse_args(arguments)
     failed, found = 0, {}
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = {test for fault in chosen for test in fault.tests} | (
             set(EXTRA) if 0 in options.numbers or not options.numbers else set()
         )
-        for is_image in [False, True] if options.image else [False]:
+        for is_image in kinds(options):
             tests = sorted(test for test in wanted if test.startswith("image/") is is_image)
             if tests:
                 outcomes = run(tests)
@@ -67,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     PAGE.write_text(page(known), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {summary(known)}")
     return 1 if failed else 0
+
+
+def kinds(options: argparse.Namespace) -> list[bool]:
+    """Which runs of pytest there are: without the image's tests, with nothing else."""
+    if options.image_only:
+        return [True]
+    return [False, True] if options.image else [False]
 
 
 def read_results() -> dict[str, Any]:

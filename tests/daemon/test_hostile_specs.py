@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from daemon_harness import Harness, drop, places
+from daemon_harness import Harness
 from dropforge.errors import SpecError
 from dropforge.paths import DataRoot
 from dropforge.spec_check import check, check_in_child, to_yaml
@@ -121,16 +121,3 @@ def test_power_that_a_spec_does_not_have(line: str) -> None:
         check("\n".join([*kept, line, "export: [adapter]\n"]).encode(), filename="a.yaml")
     assert "hf_" not in str(caught.value), "a token is not repeated in the message"
     assert any(problem.code == "spec-unknown-key" for problem in caught.value.problems), caught.value.problems
-
-
-def test_remote_code_is_refused_before_anything_is_fetched(root: DataRoot) -> None:
-    drop(
-        root,
-        "job.yaml",
-        "version: 1\nname: x\nmodel: {id: some/model, remote_code: true}\ndata: rows.jsonl\nexport: [adapter]\n",
-    )
-    with Harness(root) as harness:
-        harness.tick(0.1, times=5)
-        assert places(root) == {}
-    (error,) = root.rejected.glob("*/ERROR.txt")
-    assert "remote_code" in error.read_text()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from dropforge.doctor.causes import CAUSES, find_cause
@@ -11,6 +15,7 @@ from dropforge.doctor.driver import QUERY, Smi, parse_rows
 from dropforge.doctor.examination import Instruments, gpu_findings, llama_findings, trial_findings
 from dropforge.doctor.fatbin import BuildList, parse_build_list
 from dropforge.doctor.finding import Finding
+from dropforge.doctor.limited import Ran, run_limited
 from dropforge.doctor.trial_process import Answer, run_trial
 from dropforge.hardware import GIB, Hardware
 
@@ -100,6 +105,7 @@ def test_no_driver_is_a_note_but_a_forgotten_option_is_a_fault() -> None:
         ("Failed to initialize NVML: Unknown Error", "lost its right to the devices", "restart the container"),
         ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "no NVIDIA driver loaded",
          "on the host"),
+        ("nvidia-smi does not answer within 20 s", "driver hangs", "Xid"),
         ("No devices were found", "shows this container no GPU", "NVIDIA_VISIBLE_DEVICES"),
         ("NVIDIA-SMI couldn't find libnvidia-ml.so library in your system.", "management library", "--gpus all"),
     ],
@@ -184,6 +190,9 @@ def test_a_cpu_torch_beside_a_gpu_and_one_that_sees_none() -> None:
     blind = {**facts, "error": "The NVIDIA driver on your system is too old (found version 12040)"}
     (old,) = faults(look(smi(H200), trials={**answers(), "torch": Answer(facts=blind)}))
     assert "older than this CUDA needs" in old.what
+    hidden = {**facts, "torch": "2.11.0+cu130", "error": "No CUDA GPUs are available"}
+    (none,) = faults(look(smi(H200), trials={**answers(), "torch": Answer(facts=hidden)}))
+    assert "fewer GPUs are visible" in none.what and "CUDA_VISIBLE_DEVICES" in none.fix
     (crashed,) = faults(look(smi(H200), trials={**answers(), "torch": Answer(error="died of SIGILL")}))
     assert "does not have" in crashed.what
 
@@ -192,6 +201,35 @@ def test_exclusive_mode_partitions_and_memory_errors_are_told() -> None:
     found = look(smi(H200.replace("Default, Disabled, 0", "Exclusive_Process, Enabled, 3")))
     assert [f.level for f in found if "GPU 0 is" in f.what] == ["note", "note"]
     assert ["3 memory errors" in f.what for f in faults(found)] == [True]
+
+
+def test_a_gpu_that_lets_no_process_in_and_a_driver_that_talks_nonsense() -> None:
+    (closed,) = faults(look(smi(H200.replace("Default", "Prohibited"))))
+    assert "lets no process in" in closed.what and "-c DEFAULT" in closed.fix
+    (lost,) = faults(look(smi(H200.replace("580.95.05", "[Unknown Error]"))))
+    assert "[Unknown Error]" in lost.what and "Xid" in lost.fix
+
+
+@pytest.mark.parametrize(("mode", "most"), [("Exclusive_Process", 1), ("Default", 4)])
+def test_trials_do_not_turn_each_other_away_from_an_exclusive_gpu(mode: str, most: int) -> None:
+    inside, peak, lock = 0, 0, threading.Lock()
+
+    def trial(name: str) -> Answer:
+        nonlocal inside, peak
+        with lock:
+            inside += 1
+            peak = max(peak, inside)
+        time.sleep(0.2)
+        with lock:
+            inside -= 1
+        return answers()[name]
+
+    found = smi(H200.replace("Default", mode))
+    instruments = Instruments(
+        smi=lambda: found, trial=trial, build_lists=lambda **_: LISTS, llama_devices=lambda: LLAMA
+    )
+    assert not faults(list(gpu_findings(MACHINE, device="auto", instruments=instruments)))
+    assert peak == most
 
 
 def test_a_gpu_nothing_was_said_about_counts_as_broken() -> None:
@@ -232,3 +270,23 @@ def test_trials_run_in_processes_that_may_hang_crash_and_chatter() -> None:
         """import time; print('{"device": 0, "ok": true, "text": "t"}', flush=True); time.sleep(60)""", seconds=1
     )
     assert "hangs" in late.error and len(late.outcomes) == 1
+
+
+def test_a_program_that_takes_too_long_goes_with_all_it_started(tmp_path: Path) -> None:
+    """Compilers that a trial started must not work on; one that left the group is left behind, not waited for."""
+    file = tmp_path / "children"
+    code = f"""import pathlib, subprocess, sys, time
+children = [subprocess.Popen(["sleep", "30"], start_new_session=alone) for alone in (False, True)]
+pathlib.Path({str(file)!r}).write_text(" ".join(str(child.pid) for child in children))
+print("begun", flush=True); time.sleep(30)"""
+    start = time.monotonic()
+    ran = run_limited([sys.executable, "-c", code], seconds=3)
+    assert ran.status is None and ran.stdout == "begun\n" and time.monotonic() - start < 15
+    below, apart = (int(word) for word in file.read_text().split())
+    os.kill(apart, 9)
+    assert not Path(f"/proc/{below}/cwd").exists(), "it was killed with its parent"
+
+
+def test_gpus_are_numbered_as_nvidia_smi_numbers_them() -> None:
+    ran = run_limited([sys.executable, "-c", "import os; print(os.environ['CUDA_DEVICE_ORDER'])"], seconds=30)
+    assert ran == Ran(status=0, stdout="PCI_BUS_ID\n", stderr="")

@@ -1,4 +1,4 @@
-"""BucketStep without a GPU: what happens when memory runs out half-way."""
+"""BucketStep without a GPU: what happens when memory runs out half-way, and where nothing can be captured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from dropforge.fast_step import step as module
+from dropforge.fast_step.compiled import LayerCompiler
 from dropforge.fast_step.report import FastReport, Way
 from dropforge.fast_step.step import BucketStep
 from dropforge.packing.choose import choose_packing
@@ -56,6 +57,8 @@ def step_of(model, feeder, **options):
 
 
 def run(step, batch):
+    for grad in step.grads:
+        grad.zero_()
     step.begin()
     for micro in batch.micro:
         step.run(micro)
@@ -99,11 +102,163 @@ def test_one_document_that_does_not_fit_ends_it(feeder):
 
 
 def test_gradients_too_large_to_copy_are_not_guessed_at(feeder, monkeypatch):
-    """A half-written gradient that nobody kept a copy of must end the training, not be learnt from."""
+    """Before a step's first micro-batch they are known to be zero. Later a half-written gradient that nobody kept a copy
+    of must end the training, not be learnt from."""
     monkeypatch.setattr(module, "MOST_KEPT", 4)
     model = Model()
-    model.fits = 0
+    micro = feeder.step(0, 0).micro[0]
     step, report = step_of(model, feeder)
-    with pytest.raises(torch.OutOfMemoryError, match="says|Tried"):
-        run(step, feeder.step(0, 0))
-    assert not any(bucket.way is Way.SPLIT for bucket in report.buckets.values())
+
+    def loss(inputs):
+        model.fits = 0 if model.attempts in (0, 2) else 1 << 20  # the whole, and the second half
+        return model.loss(inputs)
+
+    step.loss_of = loss
+    step.begin()
+    with pytest.raises(torch.OutOfMemoryError, match="Tried"):
+        step.run(micro)
+    assert model.attempts == 3
+    assert report.buckets[micro.shape].way is Way.SPLIT
+
+
+def test_memory_that_runs_out_later_is_survived(feeder):
+    """A shape that fitted once need not fit again, once graphs and other shapes have taken their share."""
+    model, enough = Model(), Model()
+    model.fits = enough.fits = 1 << 20
+    step, report = step_of(model, feeder)
+    other, _ = step_of(enough, feeder)
+    batch = feeder.step(0, 0)
+    run(step, batch)
+    model.fits = LIMIT
+    assert run(step, batch) == pytest.approx(run(other, batch))
+    assert model.weight.grad.item() == pytest.approx(enough.weight.grad.item())
+    assert any(bucket.way is Way.SPLIT for bucket in report.buckets.values())
+
+
+class Graph:
+    """Counts replays; stands in for a CUDA graph."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_graphs_go_before_the_model_is_asked_and_not_for_ever(feeder, monkeypatch):
+    """Twice they are made again; then the model must need less; then there are no more graphs."""
+    model, said = Model(), []
+    step, report = step_of(model, feeder, retreat=lambda: said.append("asked") or "")
+    monkeypatch.setattr(step, "_drop_graphs", lambda: said.append("dropped") or "memory: 1 captured shapes given up")
+    notes = [step._make_room() for _ in range(3)]
+    assert said == ["dropped", "dropped", "asked", "dropped"]
+    assert all("given up" in note for note in notes)
+    assert not step.capture
+    assert step.why_not == "graphs left no room for other shapes"
+
+
+def test_dropped_graphs_leave_their_shapes_eager_and_free(feeder, monkeypatch):
+    model = Model()
+    step, report = step_of(model, feeder)
+    micro = feeder.step(0, 0).micro[0]
+    model.fits = 1 << 20
+    step.run(micro)
+    slot = step._slots[micro.shape]
+    slot.graph = Graph()
+    report.bucket(micro.shape).way = Way.CAPTURED
+    step.captures = 1
+    step.run(micro)
+    assert slot.graph.replays == 1
+    monkeypatch.setattr(module, "GraphPool", lambda device: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    step.pool = "old pool"
+    assert "1 captured shapes given up" in step._drop_graphs()
+    assert (slot.graph, step.captures, step.pool) == (None, 0, "pool")
+    assert report.bucket(micro.shape).way is Way.EAGER
+    assert step._drop_graphs() == ""
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(self.inner(x))
+
+
+class Layered(torch.nn.Module):
+    """Two equal layers over an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(97, 8)
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+
+    def loss(self, inputs):
+        x = self.embed(inputs["input_ids"].clamp(max=96))
+        for layer in self.layers:
+            x = layer(x)
+        return (x.square().sum(-1) * (inputs["shift_labels"] > 0)).sum() / inputs["num_items_in_batch"]
+
+
+def layered(feeder, backend=None, why_not=""):
+    model = Layered()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    layers = None if backend is None else LayerCompiler(model, backend=backend, why_not=why_not)
+    report = FastReport()
+    step = BucketStep(model.loss, grads=[p.grad for p in model.parameters()], device=torch.device("cpu"), report=report,
+                      split=feeder.split, why_not="dropout", layers=layers)  # fmt: skip
+    return step, report
+
+
+def test_layers_are_compiled_where_nothing_can_be_captured(feeder):
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    ours, report = layered(feeder, backend)
+    theirs, plain = layered(feeder)
+    for number in [0] * 3 + [1]:
+        batch = feeder.step(0, number)
+        assert run(ours, batch) == pytest.approx(run(theirs, batch), rel=1e-6)
+        for mine, other in zip(ours.grads, theirs.grads, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-5, atol=1e-7)
+    assert calls
+    again = [bucket for bucket in report.buckets.values() if bucket.runs >= module.COMPILE_FROM]
+    assert again
+    assert all(bucket.way is Way.COMPILED and bucket.reason == "dropout" for bucket in again)
+    assert all(bucket.way is Way.EAGER for bucket in plain.buckets.values())
+    assert any("compiled: dropout" in line for line in report.lines())
+    ours.layers.switch_off()
+    before = len(calls)
+    run(ours, feeder.step(0, 0))
+    assert len(calls) == before
+
+
+def test_layers_that_do_not_compile_stay_eager_and_say_why(feeder):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    ours, report = layered(feeder, backend)
+    theirs, _ = layered(feeder)
+    batch = feeder.step(0, 0)
+    for _ in range(4):
+        assert run(ours, batch) == pytest.approx(run(theirs, batch), rel=1e-6)
+    assert not ours.layers.on
+    assert any("not compiled" in note and "no compiler here" in note for note in report.notes)
+    assert all(bucket.way is Way.EAGER for bucket in report.buckets.values())
+
+
+def test_hand_written_layers_are_not_compiled(feeder):
+    ours, report = layered(feeder, backend="eager", why_not="the layers are hand-written")
+    batch = feeder.step(0, 0)
+    for _ in range(4):
+        run(ours, batch)
+    reasons = [bucket.reason for bucket in report.buckets.values() if bucket.runs >= module.COMPILE_FROM]
+    assert reasons
+    assert set(reasons) == {"dropout; not compiled either: the layers are hand-written"}

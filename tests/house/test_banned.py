@@ -13,6 +13,7 @@ MAY_TOUCH_ENVIRONMENT = {
     "appliance/dropforge/settings.py",
     "appliance/dropforge/daemon/runner.py",  # limits a job to its GPUs before CUDA starts
     "appliance/dropforge/llama_cpp/child.py",  # hands it on to llama.cpp's programs, less LLAMA_*, more offline
+    "appliance/dropforge/data/worker.py",  # a data worker tells its tokenizer not to start threads
     "kernels/dropforge_kernels/dispatch.py",  # asks whether Triton's interpreter is on
 }
 

@@ -107,9 +107,11 @@ class WebSocket:
             raise ConnectionRefusedError(status)
 
     def send(self, text: str) -> None:
-        data, mask = text.encode(), os.urandom(4)
-        size = len(data)
-        head = b"\x81" + (bytes([0x80 | size]) if size < 126 else b"\xfe" + struct.pack("!H", size) if size < 65536
+        self._send(0x81, text.encode())
+
+    def _send(self, first: int, data: bytes) -> None:
+        mask, size = os.urandom(4), len(data)
+        head = bytes([first]) + (bytes([0x80 | size]) if size < 126 else b"\xfe" + struct.pack("!H", size) if size < 65536
                           else b"\xff" + struct.pack("!Q", size))  # fmt: skip
         self._socket.sendall(head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
 
@@ -126,6 +128,8 @@ class WebSocket:
             data = self._read(size)
             if first & 0x0F == 8:
                 raise ConnectionResetError("the server closed the websocket")
+            if first & 0x0F == 9:  # a ping; Jupyter closes on those who do not answer, during a long cell
+                self._send(0x8A, data)
             if first & 0x0F in (9, 10):
                 continue
             message += data

@@ -102,6 +102,27 @@ def test_a_second_container_on_the_same_folder_stands_by_and_says_why(start: Cal
     second.wait_job("long.yaml", "succeeded")
 
 
+@pytest.mark.parametrize("seconds", [0, 0.5, 1.5])
+def test_a_stop_while_it_still_starts_is_heard(start: Callable[..., Container], seconds: float) -> None:
+    """PID 1 has no handlers of its own, so the entrypoint must; else Docker waits for the whole grace and kills."""
+    for last in (False, True):  # between two programs there are a few milliseconds without a handler
+        container = start(ready=False)
+        time.sleep(seconds)
+        docker("stop", "--time", "40", container.id)
+        status = container.inspect()["State"]["ExitCode"]
+        if status == 0 or last:
+            break
+    assert status == 0
+
+
+def test_asking_sshd_whether_it_lives_does_not_fill_the_log(victim: Container) -> None:
+    """It writes two lines for everyone who leaves after its greeting; Docker asks every 30 s, for months."""
+    until(30, "healthy", lambda: victim.health()[0] == 0)
+    for _ in range(3):
+        assert victim.health() == (0, "healthy\n")
+    assert victim.logs().count("kex_exchange_identification") <= 1
+
+
 @pytest.fixture(scope="module")
 def victim(run_label: str, ssh_key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     work = tmp_path_factory.mktemp("victim") / "work"

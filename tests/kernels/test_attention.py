@@ -215,11 +215,15 @@ def test_extreme_sinks_stay_finite():
     assert (out[:, 1] == 0).all()
 
 
-@pytest.mark.gpu
-def test_autocast_casts_fp32():
-    given = inputs(torch.float32, "cuda")
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_casts_what_is_not_in_its_dtype(kind):
+    given = inputs(torch.float32, kind)
+    mixed = given | {"v": given["v"].bfloat16()}  # a rotation in fp32 leaves q and k wider than v
+    with torch.autocast(kind, dtype=torch.bfloat16):
         assert ops.attention(**given).dtype is torch.bfloat16
+        assert torch.equal(ops.attention(**mixed), ops.attention(**given))
+    with pytest.raises(TypeError, match="v must have the dtype of q|k must have the dtype of q"):
+        ops.attention(**mixed)
 
 
 @pytest.mark.gpu

@@ -64,14 +64,70 @@ def test_parity_grid(dtype, width, heads, groups, options):
     run(given, bounds, options)
 
 
-def run(given, bounds, options):
+def run(given, bounds, options, constant=None):
     assert_parity(
         partial(ops.packed_attention, bounds=bounds, **options),
         partial(reference.packed_attention, bounds=bounds, **options),
         given,
         grad=("q", "k", "v"),
-        constant=2 * CONSTANT[given["q"].dtype],
+        constant=constant or 2 * CONSTANT[given["q"].dtype],
     )
+
+
+def test_parity_narrow_heads_and_strided_gradient(device):
+    given, bounds, _ = inputs(torch.float32, device, heads=2, groups=2, width=8, lengths=[3, 20])
+
+    def turned(run, q, k, v):
+        return run(q, k, v, bounds=bounds).transpose(0, 2)  # the gradient comes back with other strides
+
+    assert_parity(
+        partial(turned, ops.packed_attention), partial(turned, reference.packed_attention), given, grad=("q", "k", "v")
+    )
+
+
+def test_no_tokens(device):
+    given, bounds, _ = inputs(torch.float32, device, lengths=[0, 0])
+    run(given, bounds, {})
+    assert ops.packed_attention(**given, bounds=bounds).shape == (0, 2, 16)
+
+
+def test_autocast_casts_fp32(device):
+    given, bounds, _ = inputs(torch.float32, device)
+    with torch.autocast(device, dtype=torch.float16):  # the interpreter has no products in bf16
+        assert ops.packed_attention(**given, bounds=bounds).dtype is torch.float16
+        run(given, bounds, {}, constant=4 * CONSTANT[torch.float16])
+        # a rotation in fp32 leaves q and k wider than v
+        mixed = given | {"v": given["v"].half()}
+        assert torch.equal(ops.packed_attention(**mixed, bounds=bounds), ops.packed_attention(**given, bounds=bounds))
+    with pytest.raises(TypeError, match=r"v must have the dtype of q"):
+        ops.packed_attention(**mixed, bounds=bounds)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiles_without_graph_break(device, backend):
+    if device == "cuda":
+        torch._dynamo.reset()
+    given, _, edges = inputs(torch.float32, device)
+
+    def block(q, k, v, kind=ops):
+        bounds = ops.document_bounds(edges, q.shape[0])
+        return kind.packed_attention(q * 2, k, v, bounds=bounds, window=40, softcap=5.0) + 1
+
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    constant = 2 * CONSTANT[torch.float32]
+    assert_parity(compiled, partial(block, kind=reference), given, grad=("q", "k", "v"), constant=constant)
+
+
+@pytest.mark.parametrize("options", [(0.25, None, None), (0.25, 9, 3.0)], ids=str)
+def test_registered_as_a_custom_op(options, device):
+    """Schema, fake implementation, autograd formula and traced graph agree with what the kernels do."""
+    given, bounds, _ = inputs(torch.float32, device, lengths=[3, 0, 9])
+    leaves = [given[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    torch.library.opcheck(torch.ops.dropforge.packed_attention.default, (*leaves, *bounds, *options))
+    plain = [leaf.detach() for leaf in leaves]
+    out, lse = torch.ops.dropforge.packed_attention(*plain, *bounds, *options)
+    backward = torch.ops.dropforge.packed_attention_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), *plain, out, lse, *bounds, *options))
 
 
 def test_documents_do_not_see_each_other(device):
@@ -124,3 +180,20 @@ def test_bad_input(change, message):
         given["bounds"] = Bounds(*change["bounds"])
     with pytest.raises((ValueError, TypeError), match=message):
         ops.packed_attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("edges", "tokens", "error", "message"),
+    [
+        ([0, 3], 4, ValueError, "must end with the number of tokens 4; received 3"),
+        ([1, 4], 4, ValueError, "must start with 0; received 1"),
+        ([0, 3, 2, 4], 4, ValueError, "must not fall; received 3 then 2 at index 2"),
+        ([0], 0, ValueError, r"shape \(documents \+ 1,\)"),
+        (torch.tensor([0, 4]), 4, TypeError, "dtype int32; received torch.int64"),
+    ],
+    ids=str,
+)
+def test_bad_document_edges(edges, tokens, error, message):
+    edges = edges if isinstance(edges, torch.Tensor) else torch.tensor(edges, dtype=torch.int32)
+    with pytest.raises(error, match=message):
+        ops.document_bounds(edges, tokens)

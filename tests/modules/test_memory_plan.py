@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from dropforge_kernels.modules.head_pieces import head_pieces
 from dropforge_kernels.modules.memory_peak import Counts, peak
 from dropforge_kernels.modules.memory_plan import (
     GIB,
@@ -138,7 +139,9 @@ def test_the_peak_grows_with_what_is_kept_and_with_tokens(shape, weights):
 
 def test_tiles_save_memory_where_the_mlp_is_computed_again():
     counts, training = Counts(recompute=32), Training.of_rank(16)
-    whole, tiled = (peak(LLAMA_8B, training, counts, tokens=131072, tile=tile).total for tile in (None, 8192))
+    whole, tiled = (
+        peak(LLAMA_8B, training, counts, tokens=131072, tile=tile, row=131072).total for tile in (None, 8192)
+    )
     assert tiled < whole - 4 * GIB
     assert tiles_for(4096) == (None, 2048, 1024) and tiles_for(100) == (None,)
 
@@ -208,6 +211,49 @@ def test_long_sequences_run_attention_once():
         LLAMA_8B, Training.of_rank(32, weights="nf4"), tokens=131072, document=512, budget=36 * GIB, host=100 * GIB
     )
     assert Keep.OFFLOAD_OUTPUT not in short.policies and short.store_depth == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "tokens", "offloaded"),
+    [(24, 100_096, 28), (24, 179_200, 28), (37, 131_072, 26), (80, 400_128, 24), (80, 500_224, 20), (139, 131_072, 0)],
+)
+def test_long_documents_fit_the_cards_they_are_promised_for(card, tokens, offloaded):
+    """Llama-8B in NF4, one document, 100 GiB of a 128 GiB host; the card less the CUDA context."""
+    training, budget = Training.of_rank(32, weights="nf4"), int((card - 0.65) * GIB)
+    made = plan_memory(LLAMA_8B, training, tokens=tokens, budget=budget, host=100 * GIB)
+    assert made.fits and made.predicted_peak < 0.97 * budget and made.host_bytes <= 100 * GIB
+    assert sum(policy.on_host for policy in made.policies) >= offloaded
+    assert made.extra_work < 0.3
+
+
+def test_peaks_at_long_lengths_worked_out_by_hand():
+    """Inputs and attention's outputs on the host, 128K tokens, MLP in tiles of 16,384; in units of T H 2 bytes.
+
+    Worst is attention's backward: the gradient that comes in and dy (2), x and the two tensors on their way (3), q k v,
+    output, low-rank products (2.53), d output and d qkv (2.5), of cuDNN's 5.5 a quarter, log-sum-exp of all layers.
+    """
+    tokens, unit = 131072, 131072 * 4096 * 2
+    counts = Counts(offload_output=31, output=1)
+    found = peak(LLAMA_8B, Training.of_rank(32, weights="nf4"), counts, tokens=tokens, tile=16384, row=tokens)
+    units = (found.activations - 32 * 32 * 4 * tokens) / unit
+    assert units == pytest.approx(2 + 3 + 2.53 + 2.5 + 5.5 / 4, abs=0.1)
+    assert found.host == 62 * unit
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "tokens", "pieces"),
+    [
+        (32, 8, 65535, 1),
+        (32, 8, 65536, 4),
+        (32, 32, 131072, 4),
+        (16, 8, 131072, 2),
+        (8, 2, 131072, 1),
+        (28, 4, 131072, 2),
+    ],
+)
+def test_heads_are_split_evenly_and_not_too_finely(heads, groups, tokens, pieces):
+    assert head_pieces(heads, groups, tokens) == pieces
+    assert groups % pieces == 0 and heads // pieces >= min(heads, 8)
 
 
 def test_shapes_from_configurations():

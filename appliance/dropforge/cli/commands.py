@@ -62,6 +62,13 @@ COMMANDS = (
     Command(name="retry", help="run a failed, held or cancelled job again; only the exports of a partial one",
             module="queue_commands", function="retry", arguments=(_JOB, _DATA)),
     Command(
+        name="release", help="let a held job go on", module="queue_commands", function="release",
+        arguments=(
+            _JOB, _arg("--trust-code", metavar="FINGERPRINT", help="approve the code that came with its model; the "
+                       "fingerprint, or 12 of its digits, is in the job's message"), _DATA,
+        ),
+    ),
+    Command(
         name="export", help="make more exports from a finished job", module="result_commands", function="export",
         arguments=(
             _JOB, _arg("kinds", nargs="+", metavar="KIND", help="merged, ollama, gguf:q4_k_m, ... as in a spec"), _DATA,

@@ -21,6 +21,7 @@ from dropforge.daemon.singleton import daemon_is_alive
 from dropforge.errors import CommandError
 from dropforge.files import read_json_lines
 from dropforge.paths import DataRoot
+from dropforge.settings import settings
 from dropforge.spec import Spec
 from dropforge.states import State
 
@@ -38,7 +39,8 @@ def put_into_inbox(root: DataRoot, path: Path) -> Path:
 def data_beside(spec: Spec, folder: Path) -> dict[str, Path]:
     """Data named in the spec that lies beside it; anything else is looked for in datasets/ by the job."""
     sources = [*spec.data.train, *(spec.data.eval.sources if spec.data.eval else ())]
-    return {source.path: folder / source.path for source in sources if (folder / source.path).exists()}
+    names = [source.path for source in sources] + ([spec.imatrix] if spec.imatrix else [])
+    return {name: folder / name for name in names if (folder / name).exists()}
 
 
 def wait_for_id(root: DataRoot, dropped: Path, *, seconds: float) -> JobView:
@@ -152,6 +154,22 @@ def cancel(arguments: Namespace) -> int:
 
 def retry(arguments: Namespace) -> int:
     return _ask(arguments, "retry", "will run again")
+
+
+def release(arguments: Namespace) -> int:
+    if arguments.trust_code is not None:
+        from dropforge.models.code_approval import approve
+
+        root = data_root(arguments)
+        run = root.run(find_job(root, arguments.job).id)
+        inside = approve(root, run, digits=arguments.trust_code)
+        print(
+            f"approved, for this and later jobs: code {inside.fingerprint} ({', '.join(inside.modules)})",
+            file=sys.stderr,
+        )
+        if not settings().allow_remote_code:
+            print("it runs only where Dropforge was started with DROPFORGE_ALLOW_REMOTE_CODE=1", file=sys.stderr)
+    return _ask(arguments, "release", "will go on")
 
 
 def _ask(arguments: Namespace, action: str, text: str) -> int:

@@ -12,7 +12,7 @@ WHAT_TO_DO_IN = {
         "Nothing. `waiting_for` says what it waits for ([kinds](folder-contract.md#order)); `cancel` takes it out, "
         "`priority` moves it."
     ),
-    State.HELD: "Do what `message` says, then `retry` (or `cancel`).",
+    State.HELD: "Do what `message` says, then `release` (or `cancel`).",
     State.PREPARING: "Nothing.",
     State.TRAINING: "Nothing. `checkpoint` saves now; `cancel` saves and stops.",
     State.EXPORTING: "Nothing. The trained weights are in place.",
@@ -34,8 +34,9 @@ WHAT_TO_DO_ABOUT = {
         "`retry`, or use a folder in `models/`."
     ),
     Reason.REMOTE_CODE: (
-        "The model can only be loaded by running Python code that comes with it, which this release does not do. "
-        "`cancel` the job and use a model of a type that transformers knows."
+        "The model brings code, or weights in a format that can hold code (pickle). Nothing of it was run. The message "
+        "says what is missing: see [code that comes with a model](folder-contract.md#code-that-comes-with-a-model). Or "
+        "`cancel` the job and use a model of a type that transformers knows, with safetensors."
     ),
     Reason.DISK: "Free space: a queued job then goes on by itself, a held one after `retry`; the message has numbers.",
     Reason.OOM_GPU: (

@@ -1,5 +1,6 @@
 """`dropforge doctor`: look at this machine, name every cause, say how to mend it.
 
+limited.py      runs a program for a limited time, also one that a broken GPU holds
 machine.py      Python packages, memory, container limits, shared memory, disk, llama.cpp
 driver.py       what nvidia-smi says, driver against CUDA, device nodes
 fatbin.py       which GPUs a compiled library carries code for

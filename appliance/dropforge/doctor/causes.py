@@ -18,6 +18,8 @@ class Cause:
 CAUSES = (
     Cause("driver/library version mismatch", "the host's driver was updated under running programs",
           "reboot the host (or unload and load its NVIDIA modules), then start the container again"),
+    Cause("nvidia-smi does not answer", "the driver hangs, as it does when a GPU has crashed",
+          "look for Xid lines in the host's kernel log; reset the GPU or reboot"),
     Cause("couldn't communicate with the nvidia driver", "the host's kernel has no NVIDIA driver loaded",
           "install or repair the driver on the host until nvidia-smi works there"),
     Cause("failed to initialize nvml: (unknown error|insufficient permissions)|operation not permitted",
@@ -50,7 +52,8 @@ CAUSES = (
     Cause("failed to find c compiler|gcc.*not found|cc1.*not found|python.h",
           "Triton compiles its launchers with a C compiler",
           "install gcc, libc6-dev and python3-dev, or use the image, which has them"),
-    Cause("torch does not show this gpu", "fewer GPUs are visible to CUDA than to the driver",
+    Cause("torch does not show this gpu|no cuda gpus are available",
+          "fewer GPUs are visible to CUDA than to the driver",
           "unset CUDA_VISIBLE_DEVICES, and choose GPUs with --gpus instead"),
     Cause("ptxas", "Triton's assembler does not know this GPU",
           "use a Triton release that supports its compute capability"),

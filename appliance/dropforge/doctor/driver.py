@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import csv
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dropforge.doctor.causes import explained, find_cause
 from dropforge.doctor.finding import Finding, fault, note, ok
+from dropforge.doctor.limited import run_limited
 
 SECONDS = 20.0
 QUERY = ("index", "uuid", "name", "compute_cap", "driver_version", "memory.total", "memory.free", "compute_mode",
          "mig.mode.current", "ecc.errors.uncorrected.volatile.total")  # fmt: skip
 FLOORS: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
 """Oldest driver branch for each major version of CUDA (NVIDIA's table of minor-version compatibility)."""
+CRASHED = find_cause("gpu is lost")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 """There as soon as the host's kernel has the driver loaded, also where a container got no GPU."""
 
@@ -37,13 +38,14 @@ def ask_nvidia_smi() -> Smi:
     if tool is None:
         return Smi(installed=False, host_has_driver=host_has_driver, error="nvidia-smi is not there")
     try:
-        done = subprocess.run(
-            [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=SECONDS, check=False,
+        done = run_limited(
+            [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"], seconds=SECONDS
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         return Smi(error=f"nvidia-smi does not answer: {error}", host_has_driver=host_has_driver)
-    if done.returncode != 0:
+    if done.status is None:
+        return Smi(error=f"nvidia-smi does not answer within {SECONDS:g} s", host_has_driver=host_has_driver)
+    if done.status != 0:
         return Smi(error=(done.stdout + done.stderr).strip(), host_has_driver=host_has_driver)
     return Smi(gpus=parse_rows(done.stdout), host_has_driver=host_has_driver)
 
@@ -67,8 +69,11 @@ def driver_findings(smi: Smi, *, cuda: str, unified_memory: str) -> Iterator[Fin
         yield no_gpu(smi)
         return
     version = smi.gpus[0]["driver_version"]
+    branch = version.partition(".")[0]
     floor = FLOORS.get(int(cuda.partition(".")[0] or 0), 0)
-    if int(version.partition(".")[0] or 0) < floor:
+    if not branch.isdigit():
+        yield fault(f"driver: nvidia-smi says {version!r} where its version should be", CRASHED.fix)
+    elif int(branch) < floor:
         yield fault(
             f"driver {version} is older than CUDA {cuda} needs ({floor} or newer); the GPU cannot be used",
             "update the host's driver; until then DROPFORGE_DEVICE=cpu runs jobs on the CPU",
@@ -99,7 +104,9 @@ def _gpu_findings(gpu: Mapping[str, str], *, unified_memory: str) -> Iterator[Fi
     )
     label = f"GPU {gpu['index']}"
     yield ok(f"{label} {gpu['name']}, compute capability {gpu['compute_cap']}, {memory}, {gpu['uuid']}")
-    if gpu["compute_mode"] not in ("Default", "[N/A]"):
+    if gpu["compute_mode"] == "Prohibited":
+        yield fault(f"{label} lets no process in (compute mode Prohibited)", "on the host: nvidia-smi -c DEFAULT")
+    elif gpu["compute_mode"] not in ("Default", "[N/A]"):
         yield note(f"{label} is in compute mode {gpu['compute_mode']}: jobs and notebooks exclude each other",
                    "on the host: nvidia-smi -c DEFAULT")  # fmt: skip
     if gpu["mig.mode.current"] == "Enabled":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dropforge.doctor.driver import Smi, ask_nvidia_smi, driver_findings
 from dropforge.doctor.fatbin import BuildList
 from dropforge.doctor.finding import Finding, fault, note, ok
 from dropforge.doctor.libraries import library_build_lists, library_findings
+from dropforge.doctor.limited import run_limited
 from dropforge.doctor.trial_process import Answer, run_trial
 from dropforge.hardware import Hardware
 from dropforge.paths import DataRoot
@@ -56,7 +56,9 @@ def gpu_findings(hardware: Hardware, *, device: str, instruments: Instruments) -
         return
     lists_vllm = "vLLM" in instruments.build_lists(torch_list="", cuda="")
     names = (*REQUIRED_TRIALS, *(("vllm",) if lists_vllm else ()))
-    with ThreadPoolExecutor(len(names) + 1) as pool:
+    # A GPU in an exclusive mode lets in one process at a time; the trials would turn each other away.
+    at_once = 1 if any(gpu["compute_mode"].startswith("Exclusive") for gpu in smi.gpus) else len(names) + 1
+    with ThreadPoolExecutor(at_once) as pool:
         llama = pool.submit(instruments.llama_devices)
         answers = dict(zip(names, pool.map(instruments.trial, names), strict=True))
     facts = answers["torch"].facts
@@ -108,19 +110,12 @@ def list_llama_devices() -> str:
 
     try:
         server = find_llama_cpp().tool("llama-server")
-        done = subprocess.run(
-            [server, "--list-devices"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LLAMA_SECONDS,
-            check=False,
-        )
+        done = run_limited([server, "--list-devices"], seconds=LLAMA_SECONDS)
     except EnvironmentFault:
         return ""  # machine.llama_cpp_findings has said so
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         return f"ggml_cuda: {error}"
-    return done.stdout + done.stderr
+    return done.stdout + done.stderr + ("\nggml_cuda: no answer: the GPU or its driver hangs" * (done.status is None))
 
 
 def _torch_sees_nothing(answer: Answer) -> Finding:

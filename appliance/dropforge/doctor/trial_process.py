@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from dropforge.doctor.limited import run_limited
 
 SECONDS = 100.0
 """The first kernel on a new machine is compiled, and vLLM takes a while to import."""
@@ -26,16 +27,14 @@ class Answer:
 def run_trial(name: str, *, command: Sequence[str] = (), seconds: float = SECONDS) -> Answer:
     """`command`: what to run instead of dropforge.doctor.trials (tests)."""
     words = command or (sys.executable, "-P", "-m", "dropforge.doctor.trials", name)
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
-    except subprocess.TimeoutExpired as late:
-        said = late.stdout.decode("utf-8", "replace") if isinstance(late.stdout, bytes) else late.stdout or ""
-        return read_answer(said, error=f"no answer within {seconds:g} s: the GPU or its driver hangs")
+    done = run_limited(words, seconds=seconds)
     error = ""
-    if done.returncode < 0:
-        error = f"died of {signal.Signals(-done.returncode).name}"
-    elif done.returncode > 0:
-        error = done.stderr.strip() or f"ended with status {done.returncode}"
+    if done.status is None:
+        error = f"no answer within {seconds:g} s: the GPU or its driver hangs"
+    elif done.status < 0:
+        error = f"died of {signal.Signals(-done.status).name}"
+    elif done.status > 0:
+        error = done.stderr.strip() or f"ended with status {done.status}"
     return read_answer(done.stdout, error=error)
 
 

@@ -34,6 +34,8 @@ _PARTS = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|weight|bias)$"
 )
 
+_WRAPPED = re.compile(r"\.(?:original_module|modules_to_save(?:\.default)?)\.(?=weight$|bias$)")
+
 
 @dataclass
 class ModuleChange:
@@ -67,7 +69,7 @@ def read_adapter(folder: Path) -> AdapterFile:
 
     try:
         config = read_json(folder / CONFIG)
-        tensors = load_file(folder / WEIGHTS, device="cpu")
+        tensors = _once(load_file(folder / WEIGHTS, device="cpu"))
     except (OSError, ValueError, SafetensorError) as error:
         raise _broken(f"the adapter cannot be read: {str(error).splitlines()[0]}") from error
     _check_supported(config)
@@ -87,6 +89,19 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors=len(tensors),
         low_rank_all_zero=bool(low_rank) and not any(bool(b.any()) for b in low_rank),
     )
+
+
+def _once(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the copies that PEFT writes beside a module trained in full when the embedding has grown.
+
+    The weight under the module's own name is the trained one; those under the two names of PEFT's wrapper repeat it
+    and what it started from.
+    """
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (_WRAPPED.search(name) and _WRAPPED.sub(".", name) in tensors)
+    }
 
 
 def _check_supported(config: dict[str, Any]) -> None:

@@ -50,9 +50,9 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
         )
     prompts = stage.prompts()[:2]
     positions = [spread_positions(len(ids), most=PROMPT_POSITIONS) for ids in prompts]
-    with trained_model(request.base_path, request.adapter, None) as model:
+    with trained_model(request.base_path, request.adapter, None, runs_code=request.runs_code) as model:
         truth = logprobs(model, prompts, positions)
-    with trained_model(request.base_path, folder, None) as model:
+    with trained_model(request.base_path, folder, None, runs_code=request.runs_code) as model:
         close = agreement(truth, logprobs(model, prompts, positions))
     if close.relative_error > 1e-6:
         raise _wrong("the exported adapter predicts something else", where=f"relative error {close.relative_error:.3g}")

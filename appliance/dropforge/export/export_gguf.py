@@ -27,14 +27,16 @@ def export_gguf(stage: Stage, folder: Path, detail: str) -> Made:
     gguf_type, largest = split_detail(detail)
     base = stage.base_gguf
     path = folder / gguf_name(stage.request.slug, gguf_type)
-    fallbacks = 0
+    fallbacks: dict[str, str] = {}
     more: dict[str, Any] = {}
     if gguf_type == base.gguf_type:
         os.link(base.path, path)
     else:
         stage.log(f"quantising to {gguf_type}")
-        imatrix = None
-        if gguf_type in GGUF_NEEDS_IMATRIX:
+        imatrix = stage.request.imatrix
+        if imatrix is not None:
+            more["imatrix"] = "the one given with the job"
+        elif gguf_type in GGUF_NEEDS_IMATRIX:
             imatrix, more["imatrix_tokens"] = stage.imatrix
         fallbacks = quantize(
             base.path, path, gguf_type=gguf_type, tools=stage.tools, threads=usable_threads(), imatrix=imatrix

@@ -14,6 +14,7 @@ from dropforge.export.safetensors_stream import index_folder
 from dropforge.files import read_json
 from dropforge.llama_cpp.architectures import architectures
 from dropforge.llama_cpp.locate import find_llama_cpp
+from dropforge.models.remote_code import needs_code
 
 
 def precheck(
@@ -30,6 +31,13 @@ def precheck(
     index_folder(base)
     refuse_quantized(base)
     config: dict[str, Any] = read_json(base / "config.json")
+    if needs_code(config):
+        raise ExportError(
+            "this model needs code of its own, and only its adapter can be exported", code="export-unsupported",
+            where="config.json: auto_map",
+            why="no other program could check or run the exported files without that code",
+            fix="write export: [adapter]",
+        )  # fmt: skip
     if any(kind.startswith(("gguf:", "lora_gguf", "ollama")) for kind in kinds):
         _converts(config)
     if "lora_gguf" in kinds and (use_dora or modules_to_save):

@@ -114,25 +114,25 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def trained_model(base: Path, adapter: Path | None, full: Path | None) -> Iterator[Any]:
+def trained_model(base: Path, adapter: Path | None, full: Path | None, *, runs_code: bool = False) -> Iterator[Any]:
     """The model as it was trained: the 16-bit base with the adapter attached by PEFT, or the fully trained weights."""
     folder = full or base
-    if streams(folder):
+    if streams(folder) and not runs_code:
         with suppress(CannotStream), streamed_model(folder, adapter=adapter) as model:
             yield model
             return
-    with _whole_trained_model(folder, adapter) as model:
+    with _whole_trained_model(folder, adapter, runs_code=runs_code) as model:
         yield model
 
 
 @contextmanager
-def _whole_trained_model(folder: Path, adapter: Path | None) -> Iterator[Any]:
+def _whole_trained_model(folder: Path, adapter: Path | None, *, runs_code: bool) -> Iterator[Any]:
     from transformers import AutoModelForCausalLM
 
     model: Any
     with quiet_libraries():
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=compute_dtype(folder), local_files_only=True, trust_remote_code=False
+            folder, dtype=compute_dtype(folder), local_files_only=True, trust_remote_code=runs_code
         )
         if adapter is not None:
             from peft import PeftModel

@@ -42,8 +42,13 @@ class ExportRequest:
     samples: tuple[TrainingRow, ...] = ()
     """First rows of the training data; the verification asks the prompts of some of them too."""
 
+    imatrix: Path | None = None
+    """The user's importance matrix, for every quantised GGUF; without one it is computed where a type needs it."""
     eval_samples: tuple[TrainingRow, ...] = ()
     """First rows of the evaluation split; every export's agreement with the trained model is measured over them."""
+
+    runs_code: bool = False
+    """The base can only be loaded with code that came with it, and a person approved that code."""
 
     def __post_init__(self) -> None:
         assert (self.adapter is None) != (self.full is None), "give either adapter or full"

@@ -16,6 +16,8 @@ class Way(StrEnum):
     """Operation by operation; always so for the first of a shape, which warms everything up."""
     CAPTURED = "captured"
     """Forward and backward replayed as one CUDA graph."""
+    COMPILED = "compiled"
+    """Operation by operation, but each decoder layer through torch.compile."""
     SPLIT = "split"
     """Out of memory as a whole: cut into smaller buckets."""
 
@@ -47,7 +49,9 @@ class FastReport:
     tokens_per_second: float = 0.0
     """Real tokens (no padding) over the whole training, captures included."""
     steady_tokens_per_second: float = 0.0
-    """The same over the steps after the last capture."""
+    """The same over the steps in which no shape was met for the first time or captured."""
+    first_step_seconds: float = 0.0
+    """From the start of the training to the first step's end on the host: compiling and tuning kernels, mostly."""
     host_ms_per_micro_batch: float = 0.0
     """Time of the training thread per micro-batch when it waits neither for the GPU nor for data; 0 until measured."""
     wait_for_data_ms_per_step: float = 0.0

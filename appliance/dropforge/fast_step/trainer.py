@@ -11,10 +11,8 @@ a step or two after it. What stands in the way (``obstacles``) leaves the traine
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from dropforge_kernels.patch.attention_interface import packed_attention
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dropforge.fast_step.compiled import LayerCompiler
 from dropforge.fast_step.graph import GraphPool
 from dropforge.fast_step.isolation import packing_obstacle
 from dropforge.fast_step.kernels import plan_layers, smaller_plan
@@ -32,6 +31,7 @@ from dropforge.fast_step.meter import StepMeter
 from dropforge.fast_step.obstacles import capture_obstacle, fast_obstacle
 from dropforge.fast_step.optimizer import FlatAdamW
 from dropforge.fast_step.optimizer_choice import EIGHT_BIT, flat_optimizer
+from dropforge.fast_step.options import FastOptions, for_whole_steps
 from dropforge.fast_step.order import check_order, order_of, write_order
 from dropforge.fast_step.report import FastReport
 from dropforge.fast_step.step import BucketStep
@@ -48,20 +48,6 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
-
-
-@dataclass(frozen=True, kw_only=True)
-class FastOptions:
-    """How to train fast."""
-
-    packing: str | bool = "auto"
-    """See packing.choose."""
-    budget: int | None = None
-    """Tokens of a full bucket; None chooses."""
-    rows_per_step: int | None = None
-    """Buckets of a step with packing=True, as TRL counts; None: as many as hold the documents of a step."""
-    capture: bool = True
-    """CUDA graphs where they can be had."""
 
 
 class FastStepMixin(_Base):
@@ -88,7 +74,7 @@ class FastStepMixin(_Base):
             else:
                 self._documents = training.per_device_train_batch_size * training.gradient_accumulation_steps
                 self._per_micro = training.per_device_train_batch_size
-                kwargs["args"] = _for_whole_steps(training, self._documents)
+                kwargs["args"] = for_whole_steps(training, self._documents)
         super().__init__(*args, **kwargs)
 
     # --- data -----------------------------------------------------------------------------------------------------
@@ -167,8 +153,9 @@ class FastStepMixin(_Base):
             model.train()
         self._step.begin()
         for micro in inputs.micro:
+            self._meter.micro_batch()
             self._step.run(micro)
-        self._meter.step(inputs, captures=self._step.captures)
+        self._meter.step(inputs, changes=self._step.changes)
         return self._step.loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -226,6 +213,8 @@ class FastStepMixin(_Base):
             self.report.notes.append(f"optimizer step not captured: {optimizer.why_not_captured}")
         if self._feeder is not None:
             self._feeder.close()
+        if self._step is not None and self._step.layers is not None:
+            self._step.layers.switch_off()
         self._step = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -240,12 +229,21 @@ class FastStepMixin(_Base):
             self._step = BucketStep(
                 self._loss_of(model), grads=self._flat.grads.values(), device=self.args.device, report=self.report,
                 split=self._feeder.split, retreat=self._retreat, capture=not why_not, why_not=why_not,
+                layers=self._layer_compiler(model),
             )  # fmt: skip
             optimizer = self._flat_optimizer()
             if optimizer is not None and self._step.pool is not None:
                 # A pool of its own: the buckets' must be free to go when their graphs do.
                 optimizer.capture_with(GraphPool(self._step.device).record)
         return model, loader
+
+    def _layer_compiler(self, model: Any) -> LayerCompiler | None:
+        assert self.fast is not None
+        asked = self.fast.compile
+        if asked is False or (asked is None and self.args.device.type != "cuda"):
+            return None
+        written = self._kernels is not None and self._kernels.engine is not None
+        return LayerCompiler(model, why_not="the layers are hand-written" if written else "")
 
     def _loss_of(self, model: Any) -> Any:
         def loss_of(inputs: dict[str, Any]) -> torch.Tensor:
@@ -309,12 +307,3 @@ class FastStepMixin(_Base):
         if self.fast is not None:
             self._log_arrived(start_time, wait=True)
         return super()._finalize_training(trial, num_train_samples, start_time)
-
-
-def _for_whole_steps(training: Any, documents: int) -> Any:
-    """A copy of the arguments in which a batch is an optimizer step."""
-    args = copy.copy(training)
-    args.per_device_train_batch_size = documents
-    args.gradient_accumulation_steps = 1
-    args.logging_nan_inf_filter = False  # it waits for every step's loss; a NaN should be seen anyway
-    return args

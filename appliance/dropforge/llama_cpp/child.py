@@ -38,8 +38,9 @@ def tail(text: str) -> str:
 
 
 def run_tool(
-    command: Sequence[str | Path], *, what: str, code: str, fix: str = "", env: Mapping[str, str] | None = None
-) -> str:
+    command: Sequence[str | Path], *, what: str, code: str, fix: str = "", env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> str:  # fmt: skip
     """Run `command` to its end and return its output (stdout and stderr together).
 
     Raises ExportError with `code` and the last lines of output when it exits with anything but 0.
@@ -50,6 +51,7 @@ def run_tool(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment(**(env or {})),
+        cwd=cwd,
         preexec_fn=death_signal(),
         check=False,
     )

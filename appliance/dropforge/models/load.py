@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
-from dropforge.fast_adapter import choose_targets, hold_in_fp32, lora_config, within_layers
-from dropforge.fast_checks import check_layers
-from dropforge.fast_rope import known_length
+from dropforge.fast.adapter import choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast.checks import check_layers
+from dropforge.fast.rope import known_length
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
@@ -40,7 +40,9 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
     if plan.device == "cuda":
         arguments["device_map"] = {"": 0}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.path, local_files_only=True, **arguments)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=source.runs_code, **arguments
+        )
     except (ValueError, KeyError, OSError) as error:
         raise _unloadable(source, error) from error
     model.config.use_cache = False
@@ -83,7 +85,7 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
     model.requires_grad_(False)
     wrapped: Any = get_peft_model(model, _lora_config(model, adapter))
     if adapter.init_lora_weights == "loftq":
-        from dropforge.fast_loftq import start_from_residual
+        from dropforge.fast.loftq import start_from_residual
 
         start_from_residual(wrapped, folder=Path(str(model.name_or_path)))
     hold_in_fp32(wrapped)
@@ -117,9 +119,9 @@ def check_fit(source: ModelSource, *, adapter: AdapterSpec, max_seq_length: int)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=source.runs_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.runs_code)
     except (ValueError, KeyError, OSError) as error:
         raise _unloadable(source, error) from error
     known = known_length(config)

@@ -33,8 +33,7 @@ def add_new_tokens(
     """
     import torch
 
-    if method not in ("mean", "interpolation"):
-        raise ValueError(f"method must be mean or interpolation, not {method!r}")
+    _check(new_tokens, method)
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise CommandError(
             "new tokens cannot be added to a model that has adapters", code="api-new-tokens", where="model",
@@ -55,6 +54,18 @@ def add_new_tokens(
         for table, rows in zip(_tables(model), starts, strict=True):
             table[first : first + len(fresh)] = rows
     return len(fresh)
+
+
+def _check(new_tokens: Sequence[str], method: str) -> None:
+    if isinstance(new_tokens, str):
+        raise CommandError(
+            "new_tokens is one text, and would be added letter by letter", code="api-new-tokens", where="new_tokens",
+            fix=f"write a list: [{new_tokens!r}]",
+        )  # fmt: skip
+    if method not in ("mean", "interpolation"):
+        raise CommandError(
+            f"method cannot be {method!r}", code="api-new-tokens", where="method", fix="one of mean, interpolation"
+        )
 
 
 def _tables(model: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 from dropforge.errors import EnvironmentFault, ModelError, Reason
 from dropforge.files import rename_folder
 from dropforge.models.builtin import BUILTIN, BUILTIN_PREFIX, build_builtin, builtin_folder, recipe_hash
+from dropforge.models.remote_code import foreign_kernel, needs_code, read_config
 from dropforge.paths import DataRoot
 from dropforge.spec import ModelSpec
 
@@ -31,6 +32,8 @@ class ModelSource:
     revision: str | None
     """The hub's commit, the recipe's hash for a builtin model, None for a folder."""
     kind: Literal["builtin", "folder", "hub"]
+    runs_code: bool = False
+    """Whether code that came with it may run: code_approval.py alone says so."""
 
 
 def resolve_model(model: ModelSpec, *, root: DataRoot, offline: bool = False) -> ModelSource:
@@ -181,7 +184,7 @@ def check_model_files(source: ModelSource, *, remote_code: bool) -> None:
     if not config_path.is_file():
         raise _incomplete(folder, "config.json is missing")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_config(folder)
     except ValueError as error:
         raise _incomplete(folder, f"config.json is not JSON: {error}") from error
     if not any(folder.glob("*.safetensors")):
@@ -192,37 +195,49 @@ def check_model_files(source: ModelSource, *, remote_code: bool) -> None:
                 code="model-pickle-only",
                 where=str(folder),
                 why=f"pickle files can run code when they are opened; found {', '.join(pickles[:3]) or 'none'}",
-                fix="use a version of the model that offers *.safetensors",
+                fix="use a version of the model with *.safetensors, or put such files into its folder, then `release`",
+                reason=Reason.REMOTE_CODE,
             )
         raise _incomplete(folder, "there is no *.safetensors file")
     _check_shards(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise _incomplete(folder, f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
-    if "auto_map" in config and not remote_code:
-        _check_no_code_needed(source, config.get("model_type"))
+    if not remote_code and needs_code(config):
+        raise _needs_code(source, config.get("model_type"))
+    kernel = foreign_kernel(config)
+    if kernel and not remote_code:
+        raise ModelError(
+            f"{source.id} wants a kernel from the hub, which is code", code="model-foreign-kernel",
+            where=f"config.json: {kernel}", reason=Reason.REMOTE_CODE,
+            fix="in a copy of the model under models/, take this line out of config.json",
+        )  # fmt: skip
 
 
 def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = sorted(name for name in shards if Path(name).name != name or not name.endswith(".safetensors"))
+        if strange:
+            raise _incomplete(
+                folder, f"its index names files that are no safetensors beside it: {', '.join(strange[:3])}"
+            )
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise _incomplete(folder, f"{len(missing)} weight files of the index are missing: {', '.join(missing[:3])}")
 
 
-def _check_no_code_needed(source: ModelSource, model_type: str | None) -> None:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    if model_type not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"{source.id} can only be loaded by running Python code that comes with it",
-            code="model-remote-code",
-            where="model.remote_code",
-            why=f"the installed transformers has no model type {model_type!r}",
-            fix="use a model of a type that transformers knows; this release runs no code that comes with a model",
-            reason=Reason.REMOTE_CODE,
-        )
+def _needs_code(source: ModelSource, model_type: object) -> ModelError:
+    commit = " and model.revision: FULL_COMMIT" if source.kind == "hub" else ""
+    return ModelError(
+        f"{source.id} can only be loaded by running Python code that comes with it",
+        code="model-remote-code",
+        where="model.remote_code",
+        why=f"the installed transformers cannot train the model type {model_type!r} by itself",
+        fix="cancel this job; use a model of a type that transformers knows, or, if you trust its code, drop a spec "
+        f"with model.remote_code: true{commit}, which is then held until the code is approved",
+        reason=Reason.REMOTE_CODE,
+    )
 
 
 def _incomplete(folder: Path, why: str) -> ModelError:

@@ -1,8 +1,9 @@
 """The longest sequence that trains on a card of a given size: bisection over lengths, each tried with whole steps.
 
-A length counts as trained after two real steps (the second has the optimizer's states). The first guess may be given
-(``start``); from there lengths grow or shrink by a factor until one fits and one does not, then the gap is halved until
-it is under ``resolution`` of the length.
+A length counts as trained after a whole step with the optimizer's states in place, which a step of 64 tokens makes
+before it; when that step was short, a second one gives the speed. Out of memory, the planner steps back once before the
+length counts as too long. The first guess may be given (``start``); from there lengths grow or shrink by a factor until
+one fits and one does not, then the gap is halved until it is under ``resolution`` of the length.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable
 import torch
 
 from steps.engines import Loaded
-from steps.measure import Bench, Clock
+from steps.measure import HOST_SHAPE, Bench, Clock
 from steps.models import BatchShape
 
 MULTIPLE = 256
+SECOND_STEP_UNDER_S = 60.0
 
 
 def search(
@@ -65,8 +67,8 @@ def find(
         return row["status"] == "ok"
 
     def allowed(length: int) -> bool:
-        # Two steps, and time grows at most with the square.
-        enough = time.time() + 2.2 * per_square * length**2 < deadline
+        # Time grows at most with the square.
+        enough = time.time() + 1.1 * per_square * length**2 < deadline
         if not enough:
             print(f"no time left to try {length:,} tokens", flush=True)
         return enough
@@ -79,25 +81,40 @@ def find(
 def _try(loaded: Loaded, shape: BatchShape) -> dict[str, object]:
     clock = Clock(loaded.device)
     clock.clear()
-    clock.reset_peaks()
-    row: dict[str, object] = {"batch": shape.batch, "length": shape.length, "status": "ok"}
+    row: dict[str, object] = {"batch": shape.batch, "length": shape.length}
+    row |= loaded.prepare(shape)
+    attempt = _attempt(loaded, shape)
+    if attempt["status"] == "oom":
+        clock.clear()
+        smaller = loaded.retreat()
+        if smaller is not None:
+            row |= smaller
+            attempt = _attempt(loaded, shape)
+    clock.clear()
+    return row | attempt
+
+
+def _attempt(loaded: Loaded, shape: BatchShape) -> dict[str, object]:
+    clock = Clock(loaded.device)
     try:
-        row |= loaded.prepare(shape)
         bench = Bench(loaded, shape)
-        row |= bench.first_step()
-        seconds, queued = bench.step()
-        row |= {
+        bench.step(HOST_SHAPE)
+        clock.clear()
+        clock.reset_peaks()
+        row, seconds = bench.first_step()
+        if seconds < SECOND_STEP_UNDER_S:
+            seconds, _ = bench.step()
+        return row | {
+            "status": "ok",
             "steps": 1,
             "step_ms": 1e3 * seconds,
-            "enqueue_ms": 1e3 * queued,
             "tok_per_s": shape.tokens / seconds,
             "peak_allocated_gib": clock.peak_allocated(),
             "peak_reserved_gib": clock.peak_reserved(),
             "driver_gib": clock.driver_used(),
         }
     except torch.OutOfMemoryError as error:
-        row["status"] = "oom"
         print(f"{shape}: {str(error).splitlines()[0][:300]}", flush=True)
-    loaded.model.zero_grad(set_to_none=True)
-    clock.clear()
-    return row
+        return {"status": "oom"}
+    finally:
+        loaded.model.zero_grad(set_to_none=True)

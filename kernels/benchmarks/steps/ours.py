@@ -94,7 +94,8 @@ class _Planner:
         counts = _fixed(setting, self.shape.layers)
         tile = TILE if batch.tokens >= TILED_FROM else None
         policies = list(policies_of(counts))
-        found = peak(self.shape, self.training, counts, tokens=batch.tokens, tile=tile)
+        row = batch.length if batch.batch == 1 else 0
+        found = peak(self.shape, self.training, counts, tokens=batch.tokens, tile=tile, row=row)
         total = found.total
         if self.resident is not None:
             total += self.resident - ADAPTER_BYTES * self.training.trained_values(self.shape) - found.weights

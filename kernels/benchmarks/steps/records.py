@@ -15,7 +15,8 @@ COLUMNS = (
 )  # fmt: skip
 """kind: step or longest. tok_per_s: batch x length over the median step. step_ms: forward, backward and optimizer.
 host_ms: the same step with 64 tokens, where the GPU has next to nothing to do: the launches alone. enqueue_ms: until
-the host had queued a full-size step. loss, grad_norm: of the first step, before any update. *_gib: GiB of 2^30 bytes;
+the host had queued a full-size step. loss, grad_norm: of the first step, before any update (kind longest: after a
+step of 64 tokens). *_gib: GiB of 2^30 bytes;
 peaks after the warm-up, first_step_gib in the warm-up's first step; driver_gib: used on the card, context included."""
 
 

@@ -161,8 +161,8 @@ def _longest(rows: list[dict[str, str]]) -> Iterator[str]:
     if not tried:
         return
     yield from ("", "## Longest context", "",
-                "Each length was trained for two real steps; the allocator was held to the card's size less the CUDA "
-                "context.", "",
+                "Each length was trained for a whole step with the optimizer's states in place; the allocator was held "
+                "to the card's size less the CUDA context.", "",
                 "| card | engine | weights | tokens | | tokens/s | peak GiB | planned | host GiB |",
                 "|---" * 9 + "|")  # fmt: skip
     for row in tried:

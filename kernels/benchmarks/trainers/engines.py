@@ -4,6 +4,7 @@ trl               TRL's SFTTrainer, PEFT, sdpa, batch 2, accumulation 4, recompu
 hf_liger          transformers' Trainer and Liger with its fused loss, batch 2, accumulation 4
 unsloth           Unsloth, batch 2, accumulation 4
 unsloth_packed    Unsloth, packing to rows of PACKED tokens, one row a step
+unsloth_rows      Unsloth, rows as they are, one a step: its compiled path, for data of one length
 dropforge         ours, batch 2, accumulation 4: the same documents per step, packing "auto"
 dropforge_packed  ours, packing to buckets of PACKED tokens, one bucket a step
 """
@@ -18,7 +19,7 @@ from typing import Any
 PACKED = 8192
 """Tokens of a packed row, and the longest row of the others."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ENGINES = ("trl", "hf_liger", "unsloth", "unsloth_packed", "dropforge", "dropforge_packed")
+ENGINES = ("trl", "hf_liger", "unsloth", "unsloth_packed", "unsloth_rows", "dropforge", "dropforge_packed")
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none", "target_modules": TARGETS}
 
 
@@ -28,13 +29,13 @@ def build(engine: str, path: Path, rows: list[list[int]], *, steps: int, out: Pa
     import torch
 
     cuda = torch.cuda.is_available()
-    packed = engine.endswith("_packed")
+    packed, single = engine.endswith("_packed"), engine.endswith(("_packed", "_rows"))
     common: dict[str, Any] = {
         "output_dir": str(out), "max_steps": steps, "learning_rate": 2e-4,
         "optim": "adamw_8bit" if cuda else "adamw_torch", "bf16": cuda, "use_cpu": not cuda,
         "logging_steps": 10, "report_to": "none", "save_strategy": "no",
         "gradient_checkpointing": True, "seed": 3407, "disable_tqdm": True, "dataloader_pin_memory": cuda,
-        "per_device_train_batch_size": 1 if packed else 2, "gradient_accumulation_steps": 1 if packed else 4,
+        "per_device_train_batch_size": 1 if single else 2, "gradient_accumulation_steps": 1 if single else 4,
     }  # fmt: skip
     if engine.startswith("unsloth"):
         return _unsloth(path, rows, common, packed=packed, count=count, length=length)

@@ -87,4 +87,4 @@ class Decoder:
             if all(layer.attention.softcap is None for layer in self.layers):
                 return None
             edges = torch.arange(0, tokens + 1, tokens // batch.rows, dtype=torch.int32, device=batch.positions.device)
-        return document_bounds(edges, tokens)
+        return document_bounds(edges, tokens, validate=False)

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 class AttentionState:
     """What the attention half leaves for its backward."""
 
-    attended: Attended
+    attended: Attended | None
+    """None once the backward has used it up."""
     low_qkv: torch.Tensor | None
     low_o: torch.Tensor | None
     branch: torch.Tensor | None
     """o's output, where a norm follows it."""
-    y: torch.Tensor
-    """x + branch."""
+    y: torch.Tensor | None
+    """x + branch; None once the backward is past the MLP."""
 
 
 @dataclass
@@ -151,16 +152,20 @@ def attention_backward(
     *,
     wants_dx: bool,
 ) -> tuple[torch.Tensor | None, Gradients, Gradients]:
-    """(dx or None, gradients of qkv's adapters, of o's)."""
+    """(dx or None, gradients of qkv's adapters, of o's). Takes state.attended away."""
+    attended, state.attended = state.attended, None
+    assert attended is not None
     dbranch = _branch_gradient(layer, layer.attention_end, dy, state.branch)
     dout, dlow = projection.backward_inputs(layer.o, dbranch, weights.o)
-    o = projection.backward_adapters(layer.o, dbranch, dlow, state.attended.out, state.low_o)
+    assert dout is not None
+    o = projection.backward_adapters(layer.o, dbranch, dlow, attended.out, state.low_o)
     del dbranch
-    dqkv = attend_backward(layer.attention, dout, state.attended, frame)
-    del dout
+    dqkv = attend_backward(layer.attention, dout, attended, frame)
+    del dout, attended
     dnormed, dlow = projection.backward_inputs(layer.qkv, dqkv, weights.qkv, wants_dx=wants_dx)
     normed, rstd = layer.input_norm.forward(x)
     qkv = projection.backward_adapters(layer.qkv, dqkv, dlow, normed, state.low_qkv)
+    del dqkv, normed
     if dnormed is None:
         return None, qkv, o
     return layer.input_norm.backward(dnormed, x, rstd, onto=dy), qkv, o
@@ -174,6 +179,7 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         weights = layer.weights()
         attention = attention_half(layer, x, weights, frame)
+        assert attention.y is not None
         out, mlp = mlp_half(layer, attention.y, weights, None if keep is Keep.ALL else frame.mlp_tile)
         ctx.layer, ctx.frame = layer, frame
         ctx.attention = attention if keep in (Keep.ALL, Keep.ATTENTION) else None
@@ -191,8 +197,10 @@ class _DecoderLayer(torch.autograd.Function):
             weights = layer.weights()
             attention = ctx.attention or attention_half(layer, x, weights, frame, kept)
             mlp, ctx.attention, ctx.mlp, ctx.kept = ctx.mlp, None, MlpState(), None
-            dy, gate_up, down = mlp_backward(layer, dout, attention.y, mlp, weights, frame.mlp_tile)
-            del dout, mlp
+            y, attention.y = attention.y, None
+            assert y is not None
+            dy, gate_up, down = mlp_backward(layer, dout, y, mlp, weights, frame.mlp_tile)
+            del dout, mlp, y, kept
             dx, qkv, o = attention_backward(layer, dy, x, attention, weights, frame, wants_dx=ctx.needs_input_grad[0])
         groups = ((layer.qkv, qkv), (layer.o, o), (layer.gate_up, gate_up), (layer.down, down))
         gradients = [gradient for group, made in groups for gradient in made.per_parameter(group)]
@@ -208,6 +216,7 @@ def _keep_rest(
     """Puts x, and the attention's output where only that is kept, away. Returns what brings them back, once, from the
     context's saved tensors (which it does not hold itself: that would be a cycle).
     """
+    assert attention.attended is not None
     out, lse = attention.attended.out, attention.attended.lse
     if keep not in (Keep.OUTPUT, Keep.OFFLOAD_OUTPUT) or lse is None:
         # Where attention keeps autograd's graph there is no output to go on from: it runs again.

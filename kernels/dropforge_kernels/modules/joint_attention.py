@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.modules.head_pieces import head_pieces
 from dropforge_kernels.modules.layer import AttentionShape, Frame
 from dropforge_kernels.ops import attention, packed_attention, qk_norm_rope, rope
 from dropforge_kernels.ops._heads import launch_forward, launch_norm_backward
@@ -103,8 +104,11 @@ def attend_backward(shape: AttentionShape, dout: torch.Tensor, state: Attended, 
             shape.scale, shape.window, shape.softcap, into,
         )  # fmt: skip
     else:
-        for target, made in zip(into, _cudnn_backward(shape, dout, q, k, v, state, frame), strict=True):
-            _rows(target, frame).copy_(made)
+        out = state.out.view(-1, shape.heads, shape.width)
+        tensors = tuple(_rows(t, frame) for t in (dout.view_as(out), out, q, k, v))
+        pieces = head_pieces(shape.heads, shape.groups, q.shape[0]) if frame.rows == 1 else 1
+        for piece in range(pieces):
+            _cudnn_backward(shape, tensors, state.lse, tuple(_rows(t, frame) for t in into), (piece, pieces))
     table = frame.tables[shape.angles]
     if shape.q_norm is None or shape.k_norm is None:
         launch_forward(dq, dk, table=table, inplace=True, sign=-1)
@@ -118,20 +122,28 @@ def attend_backward(shape: AttentionShape, dout: torch.Tensor, state: Attended, 
 
 
 def _cudnn_backward(
-    shape: AttentionShape, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Attended,
-    frame: Frame,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv), each (B, heads, S, D)."""
-    dout, out = (_rows(t.view(-1, shape.heads, shape.width), frame) for t in (dout, state.out))
-    q, k, v = (_rows(t, frame) for t in (q, k, v))
+    shape: AttentionShape, tensors: tuple[torch.Tensor, ...], lse: torch.Tensor, into: tuple[torch.Tensor, ...],
+    piece: tuple[int, int],
+) -> None:  # fmt: skip
+    """Writes dq, dk and dv of piece i of n (a share of the heads) into ``into``.
+
+    tensors: dout, out, q, k, v, each (B, heads, S, D); lse (B, H, S, 1). A function of its own, so that what cuDNN
+    returns is gone before the next piece begins.
+    """
+    index, pieces = piece
+
+    def share(t: torch.Tensor) -> torch.Tensor:
+        return t if pieces == 1 else t.unflatten(1, (pieces, -1))[:, index]
+
+    dout, out, q, k, v = (share(t) for t in tensors)
     # Dropout is off, so the state of the random generator is an argument without meaning.
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     length = q.shape[2]
-    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     made = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, state.lse, seed, seed, None, None, None, length, length, 0.0, True, scale=shape.scale
+        dout, q, k, v, out, share(lse), seed, seed, None, None, None, length, length, 0.0, True, scale=shape.scale
     )
-    return made
+    for target, gradient in zip(into, made, strict=True):
+        share(target).copy_(gradient)
 
 
 def _rows(x: torch.Tensor, frame: Frame) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dropforge_kernels.modules.head_pieces import head_pieces
 from dropforge_kernels.modules.model_shape import ModelShape, Training
 
 B = 2
@@ -59,15 +60,19 @@ class LayerBytes:
     """gate and up, low-rank products, branch."""
     gated: int
     attention_backward: int
-    """Beyond attention's half: gradients of the output, of q, k, v and of the joined q k v, and dq in fp32."""
+    """Beyond attention's half: gradients of the output and of the joined q k v, and what cuDNN needs beside those."""
 
     @classmethod
-    def of(cls, shape: ModelShape, training: Training) -> LayerBytes:
+    def of(cls, shape: ModelShape, training: Training, *, row: int) -> LayerBytes:
+        """row: as in ``peak``."""
         q, k, h = shape.queries * B, shape.keys * B, shape.hidden * B
         joined, lse, branch = q + 2 * k, 4 * shape.heads, h if shape.end_norms else 0
         low = B * training.rank("q_proj", "k_proj", "v_proj", "o_proj")
         low_mlp = B * training.rank("gate_proj", "up_proj", "down_proj")
         normed_heads = 2 * (q + k) if shape.head_norms else 0
+        # cuDNN's: the gradients once more, dq in fp32, and for grouped heads dk and dv of every query head
+        scratch = joined + 2 * q + (2 * q if k < q else 0)
+        pieces = head_pieces(shape.heads, shape.heads * shape.keys // shape.queries, row)
         return cls(
             x=h,
             output=q,
@@ -75,7 +80,7 @@ class LayerBytes:
             attention=joined + q + lse + h + low + branch,
             mlp=2 * shape.intermediate * B + low_mlp + branch,
             gated=shape.intermediate * B,
-            attention_backward=q + 2 * joined + 2 * q + normed_heads,
+            attention_backward=q + joined + scratch // pieces + normed_heads,
         )
 
 
@@ -98,9 +103,13 @@ class Peak:
         return self.weights + self.adapters + self.buffers + self.activations
 
 
-def peak(shape: ModelShape, training: Training, counts: Counts, *, tokens: int, tile: int | None) -> Peak:
-    """``tokens`` of one micro-batch; ``tile``: rows of the MLP at a time in layers that do not keep everything."""
-    each = LayerBytes.of(shape, training)
+def peak(
+    shape: ModelShape, training: Training, counts: Counts, *, tokens: int, tile: int | None, row: int = 0
+) -> Peak:  # fmt: skip
+    """``tokens`` of one micro-batch; ``tile``: rows of the MLP at a time in layers that do not keep everything;
+    ``row``: ``tokens`` where all of them are one document, else 0.
+    """
+    each = LayerBytes.of(shape, training, row=row)
     trained = training.trained_values(shape)
     gradients = 4 * trained if training.gradients_stay else 0
     scratch = B * shape.layer_values if training.weights == "nf4" else 0
@@ -164,7 +173,8 @@ class _Walk:
         each = self.each
         share = 1.0 if name == "keep" else self.share
         mlp = share * (each.mlp + each.gated + each.x) + (each.x if self.tiled and name != "keep" else 0)
-        return each.x + self._on_the_way(name) + each.attention + mlp
+        embedded = each.x if name in ("offload", "offload_output") else 0  # the caller holds the first layer's input
+        return each.x + embedded + self._on_the_way(name) + each.attention + mlp
 
     def _backward(self, name: str) -> float:
         """Beyond what this and earlier layers keep; the layer's own kept tensors are counted by the caller."""
@@ -178,8 +188,9 @@ class _Walk:
         }.get(name, 0)
         if name == "keep":
             mlp = each.x + max(each.gated, 2 * each.x)
-            attention: float = each.x + each.attention_backward - each.mlp
+            attention: float = each.attention_backward - each.mlp
         else:
             mlp = int(self.share * (each.x + each.mlp + max(each.gated, 2 * each.x))) + (each.x if self.tiled else 0)
-            attention = each.x + each.attention_backward
+            attention = each.attention_backward
+        # the gradient that comes in, then as much for dy, which takes y's place
         return each.x + again + fetched + max(mlp, attention)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from dropforge_kernels.modules.head_pieces import SPLIT_FROM
 from dropforge_kernels.modules.memory_peak import ADAPTER_BYTES, B, Counts, Peak, peak
 from dropforge_kernels.modules.model_shape import ModelShape, Training, Work
 from dropforge_kernels.modules.policy import Keep
@@ -182,7 +183,11 @@ def longest_tokens(request: Request) -> int:
         offload = _least(asked)
         return _peak(asked, offload, tile).total <= usable
 
-    return 256 * _most(fits, 1, 1 << 16) if fits(1) else 0
+    # From here on attention needs less beside it, so a longer row may fit where a shorter one does not.
+    split = SPLIT_FROM // 256
+    if fits(split):
+        return 256 * _most(fits, split, 1 << 16)
+    return 256 * _most(fits, 1, split - 1) if fits(1) else 0
 
 
 def tiles_for(tokens: int) -> tuple[int | None, ...]:
@@ -262,7 +267,8 @@ def _least(request: Request) -> Counts:
 
 
 def _peak(request: Request, counts: Counts, tile: int | None) -> Peak:
-    found = peak(request.shape, request.training, counts, tokens=request.tokens, tile=tile)
+    row = request.tokens if request.document == request.tokens else 0
+    found = peak(request.shape, request.training, counts, tokens=request.tokens, tile=tile, row=row)
     if request.resident is None:
         return found
     return replace(

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import torch
 
+from dropforge_kernels.checks import FLOATS
+
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Returns (tensor, distance between rows) with the last dimension contiguous and all leading ones walked by one
@@ -36,6 +38,18 @@ def register(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
     op = torch.library.custom_op(f"dropforge::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     return op
+
+
+def as_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as torch's own attention takes them: in the dtype of autocast where that is on, else as they are.
+
+    Under autocast q and k may come in fp32 (a rotation in fp32) beside a bf16 v.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.dtype in FLOATS else t for t in tensors)
 
 
 def next_power_of_2(n: int) -> int:

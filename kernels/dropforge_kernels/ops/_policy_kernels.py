@@ -32,9 +32,12 @@ def _soft(ratio, inside, advantage, tau):
 
 @triton.jit
 def _gamma(total, k, decay):
-    """w^k exp(decay (1 - w)) of a sequence's importance weight w = exp(total): 1 at w = 1."""
-    log_w = tl.clamp(total, LOWEST_LOG_WEIGHT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp(decay + k * log_w - decay * tl.exp(log_w))
+    """w^k exp(decay (1 - w)) of a sequence's importance weight w = exp(total): 1 at w = 1.
+
+    In fp64, one value a program: an exponential's relative error is its argument's absolute one, here decay times w's.
+    """
+    log_w = tl.clamp(total.to(tl.float64), LOWEST_LOG_WEIGHT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp(decay + k * log_w - decay * tl.exp(log_w)).to(tl.float32)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._attention_flash import flash_attention
 from dropforge_kernels.ops._attention_flex import block_mask, flex
+from dropforge_kernels.ops._common import as_autocast
 
 
 class AttentionBackend(StrEnum):
@@ -240,8 +241,8 @@ def attention(
 
     Args:
         q: (B, S, H, D), or packed (T, H, D) with ``cu_seqlens``. k, v: the same with G heads. bf16 or fp16 for the
-        fast
-            backends; fp32 runs in flex attention. Under autocast fp32 tensors are cast as torch's own attention does.
+            fast backends; fp32 runs in flex attention. Under autocast all three are cast, as torch's own attention
+            does.
         causal: a query sees no later key. scale: of the scores; None = 1 / sqrt(D).
         cu_seqlens: int32 (documents + 1,): where documents start and end; zero-length documents are fine.
             max_seqlen: an upper bound of their lengths (a bucket's bound keeps CUDA graphs valid).
@@ -256,10 +257,9 @@ def attention(
     Returns the shape of q. Softmax in fp32. Saved for backward: q, k, v, out, log-sum-exp.
     Raises TypeError or ValueError for wrong dtypes, shapes, devices or a backend that cannot do the case.
     """
+    q, k, v = as_autocast(q, k, v)
     _check(q, k, v, cu_seqlens, max_seqlen, window, softcap, sinks, validate)
     rule = choose("attention", q, k, v, sinks)
-    if q.is_cuda and q.dtype is torch.float32 and torch.is_autocast_enabled("cuda"):
-        q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
     case = Case(
         packed=q.dim() == 3,
         window=window is not None,

@@ -22,7 +22,7 @@ import triton
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops import _packed_kernels as kernels
-from dropforge_kernels.ops._common import next_power_of_2
+from dropforge_kernels.ops._common import as_autocast, next_power_of_2, register
 
 OP = "packed_attention"
 
@@ -34,9 +34,14 @@ class Bounds(NamedTuple):
     ends: torch.Tensor
 
 
-def document_bounds(cu_seqlens: torch.Tensor, tokens: int) -> Bounds:
-    """The bounds of cu_seqlens (N + 1,) int32, which must begin with 0 and end with ``tokens``; empty documents are
-    fine. No host wait; can be captured."""
+def document_bounds(cu_seqlens: torch.Tensor, tokens: int, *, validate: bool = True) -> Bounds:
+    """The bounds of cu_seqlens (N + 1,) int32, which must begin with 0, never fall and end with ``tokens``; empty
+    documents are fine.
+
+    ``validate=False`` trusts the values: looking at them waits for the GPU. Can be captured, unvalidated then.
+    Raises TypeError or ValueError.
+    """
+    checks.check_cu_seqlens("document_bounds", "cu_seqlens", cu_seqlens, tokens, values=validate)
     place = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], place, right=True)
     return Bounds(cu_seqlens[document], cu_seqlens[document + 1])
@@ -61,6 +66,11 @@ def tiles(width: int, itemsize: int) -> Tiles:
     return Tiles((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 8, 1))
 
 
+def _block(width: int) -> int:
+    """Columns of a tile: the tensor cores' products want 16 at least."""
+    return max(16, next_power_of_2(width))
+
+
 def packed_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds, scale: float, window: int | None,
     softcap: float | None, cut: Tiles | None = None,
@@ -73,7 +83,7 @@ def packed_attention_forward(
         m, n, warps, stages = (cut or tiles(width, q.element_size())).forward
         kernels.forward_kernel[(triton.cdiv(tokens, m), heads)](
             q, k, v, out, lse, bounds.starts, tokens, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            scale, softcap or 1.0, window or 0, heads, heads // k.shape[1], width, next_power_of_2(width), m, n,
+            scale, softcap or 1.0, window or 0, heads, heads // k.shape[1], width, _block(width), m, n,
             window is not None, softcap is not None, q.dtype is torch.float32, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, lse
@@ -92,7 +102,7 @@ def packed_attention_backward(
     dq, dk, dv = into
     delta = torch.empty_like(lse)
     shared = (scale, softcap or 1.0, window or 0)
-    group, block = heads // k.shape[1], next_power_of_2(width)
+    group, block = heads // k.shape[1], _block(width)
     flags = (window is not None, softcap is not None, q.dtype is torch.float32)
     strides = (*dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     m, n, warps, stages = chosen.query
@@ -107,23 +117,57 @@ def packed_attention_backward(
     )  # fmt: skip
 
 
+def _forward_op(q, k, v, starts, ends, scale, window, softcap):
+    return packed_attention_forward(q, k, v, Bounds(starts, ends), scale, window, softcap)
+
+
+def _backward_op(dout, q, k, v, out, lse, starts, ends, scale, window, softcap):
+    into = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    packed_attention_backward(dout, q, k, v, out, lse, Bounds(starts, ends), scale, window, softcap, into)
+    return into
+
+
+_OPTIONS = "Tensor starts, Tensor ends, float scale, int? window, float? softcap"
+_FORWARD = register(
+    OP,
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward_op,
+    lambda q, *_: (q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)),
+)
+_BACKWARD = register(
+    f"{OP}_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward_op,
+    lambda dout, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
+)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, starts, ends, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, starts, ends)
+    ctx.options = options
+
+
+def _differentiate(ctx, run, dout):
+    return *run(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
 class _PackedAttention(torch.autograd.Function):
-    """Saves q, k, v, out and lse."""
+    """Eager form: saves q, k, v, out, lse and the bounds."""
 
     @staticmethod
-    def forward(ctx, q, k, v, starts, ends, scale, window, softcap) -> torch.Tensor:
-        out, lse = packed_attention_forward(q, k, v, Bounds(starts, ends), scale, window, softcap)
-        ctx.save_for_backward(q, k, v, out, lse, starts, ends)
-        ctx.options = (scale, window, softcap)
-        return out
+    def forward(ctx, *arguments: object) -> torch.Tensor:
+        output = _forward_op(*arguments)
+        _setup(ctx, arguments, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx, dout) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, starts, ends = ctx.saved_tensors
-        into = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        packed_attention_backward(dout, q, k, v, out, lse, Bounds(starts, ends), *ctx.options, into)
-        return *into, None, None, None, None, None
+        return _differentiate(ctx, _backward_op, dout)
+
+
+_FORWARD.register_autograd(lambda ctx, dout, _: _differentiate(ctx, _BACKWARD, dout), setup_context=_setup)
 
 
 def packed_attention(
@@ -143,16 +187,20 @@ def packed_attention(
         bounds: from ``document_bounds``. scale: of the scores; None = 1 / sqrt(D).
         window: number of keys a query sees, its own included; None = all. softcap: bound of the scores (Gemma 2).
 
-    Returns (T, H, D), contiguous. Softmax and sums in fp32; the same bits at every run. Saved for backward: q, k, v,
-    out and the log-sum-exp (4 bytes a head and token). No host wait; can be captured.
+    Returns (T, H, D), contiguous. Softmax and sums in fp32; the same bits at every run. Under autocast q, k and v
+    are cast to its dtype, as torch's own attention does. Saved for backward: q, k, v, out and the log-sum-exp (4 bytes
+    a head and token). No host wait; can be captured.
     Raises TypeError or ValueError for wrong dtypes, shapes or devices.
     """
+    q, k, v = as_autocast(q, k, v)
     _check(q, k, v, bounds, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose(OP, q, k, v, bounds.starts).backend is Backend.REFERENCE:
         return reference.packed_attention(q, k, v, bounds, scale=scale, window=window, softcap=softcap)
-    result: torch.Tensor = _PackedAttention.apply(q, k, v, *bounds, scale, window, softcap)
-    return result
+    arguments = (q, k, v, *bounds, scale, window, None if softcap is None else float(softcap))
+    if torch.compiler.is_compiling():
+        return _FORWARD(*arguments)[0]
+    return _PackedAttention.apply(*arguments)
 
 
 def _check(q, k, v, bounds, window, softcap) -> None:
@@ -172,6 +220,7 @@ def _check(q, k, v, bounds, window, softcap) -> None:
     for name, tensor in (("starts", bounds.starts), ("ends", bounds.ends)):
         checks.check_dtype(OP, name, tensor, {torch.int32})
         checks.check_shape(OP, name, tensor, (q.shape[0],))
+    checks.check_same_device(OP, q=q, k=k, v=v, starts=bounds.starts, ends=bounds.ends)
     if window is not None:
         checks.check_positive(OP, "window", window)
     if softcap is not None:

@@ -110,7 +110,7 @@ def attention_forward(
     shape = q.shape
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     if causal and s_aux is None and shape[-1] <= WIDEST:
-        bounds = ops.document_bounds(cu_seq_lens_q, q.shape[0])
+        bounds = ops.document_bounds(cu_seq_lens_q, q.shape[0], validate=False)
         out = ops.packed_attention(q, k, v, bounds, scale=scaling, window=sliding_window, softcap=softcap or None)
         return out.view(shape), None
     out = ops.attention(q, k, v, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q, validate=False, **options)

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dropforge_kernels.modules.adapters import Adapted, Casts
+from dropforge_kernels.modules.adapters import Casts
 from dropforge_kernels.modules.causal_lm import Decoder
 from dropforge_kernels.modules.layer import Layer
 from dropforge_kernels.modules.policy import Keep
-from dropforge_kernels.modules.weights import DenseWeights, Matrices, Nf4Weights, Scratch, nf4_obstacle
+from dropforge_kernels.modules.weights import DenseWeights, Matrices, Nf4Weights, Scratch
+from dropforge_kernels.patch.engine_head import HeadCopy
+from dropforge_kernels.patch.engine_projections import adapted, adapter_obstacle, base_obstacle, base_of, is_nf4
+from dropforge_kernels.patch.engine_watch import Watch
 from dropforge_kernels.patch.families._layers import LAYOUTS, LayerModules, Layout
 
 if TYPE_CHECKING:
@@ -40,11 +43,9 @@ class Engine:
     """transformers' model without the head: embed_tokens, layers, norm, rotary_emb."""
     decoder: Decoder
     weights: list[DenseWeights | Nf4Weights]
-    projections: list[tuple[nn.Module, Adapted]]
-    """Each projection and the adapter that was read from it."""
-    pointers: list[tuple[nn.Parameter, int]]
-    """The frozen matrices and where they were: a model that was moved meanwhile must not be trained from old memory."""
-
+    watch: Watch
+    head: HeadCopy | None = None
+    """Of a frozen head in another dtype."""
     planned: bool = False
     """Whether ``set_policies`` has decided what each layer keeps."""
     declined: dict[str, int] = field(default_factory=dict)
@@ -68,20 +69,16 @@ class Engine:
 
     def obstacle(self) -> str | None:
         """What changed since the engine was built, so that it must not run now."""
-        for parameter, address in self.pointers:
-            if parameter.data_ptr() != address:
-                return "its weights have moved since the engine was built"
-        for module, was in self.projections:
-            reason = _adapter_obstacle(module)
-            if reason is not None:
-                return reason
-            now = _adapted(module)
-            if now.a is not was.a or now.b is not was.b or now.scale != was.scale:
-                return "another adapter is active than when the engine was built"
-        return None
+        return self.watch.changed()
+
+    def head_weight(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The head's weight in ``dtype``: itself, the copy made when the engine was built, or a cast of its own."""
+        held = self.head is not None and self.head.is_of(weight, dtype)
+        return self.head.copy if held and self.head is not None else weight.to(dtype)
 
     def release(self) -> None:
-        """Give every joined matrix its own memory back."""
+        """Give every joined matrix its own memory back, and the head's copy up."""
+        self.head = None
         for weights in self.weights:
             weights.release()
 
@@ -105,7 +102,7 @@ def build_engine(model: nn.Module, family: str) -> Engine:
     layers = []
     for parts in modules:
         matrices = _matrices(parts)
-        quantised = _is_nf4(matrices.down)
+        quantised = is_nf4(matrices.down)
         sources.append(Nf4Weights(matrices, scratch) if quantised else DenseWeights(matrices))
         layers.append(_layer(parts, casts, sources[-1]))
     made = sum(len(layer.parameters) for layer in layers)
@@ -121,14 +118,14 @@ def build_engine(model: nn.Module, family: str) -> Engine:
     )
     if len({matrix.device for parts in modules for matrix in _matrices(parts).all}) > 1:
         raise ObstacleError("its layers are spread over several devices")
-    pointers = [(p, p.data_ptr()) for parts in modules for p in _matrices(parts).all]
+    matrices = [p for parts in modules for p in _matrices(parts).all]
     return Engine(
         layout=layout,
         inner=inner,
         decoder=decoder,
         weights=sources,
-        projections=[(module, _adapted(module)) for parts in modules for module in _projections(parts)],
-        pointers=pointers,
+        watch=Watch.of(inner.layers, [_projections(parts) for parts in modules], matrices),
+        head=HeadCopy.of(causal.get_output_embeddings(), dtype),
     )
 
 
@@ -144,20 +141,8 @@ def _projections(parts: LayerModules) -> tuple[nn.Module, ...]:
     return (*parts.qkv, parts.o, *parts.gate_up, parts.down)
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    return "lora_A" in module._modules
-
-
-def _base(module: nn.Module) -> nn.Module:
-    return module.base_layer if _is_adapted(module) else module  # type: ignore[return-value]
-
-
-def _is_nf4(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "quant_state", None) is not None
-
-
 def _compute_dtype(inner: Any) -> torch.dtype:
-    base = _base(inner.layers[0].mlp.down_proj)
+    base = base_of(inner.layers[0].mlp.down_proj)
     state = getattr(base.weight, "quant_state", None)
     dtype: torch.dtype = base.weight.dtype if state is None else (getattr(base, "compute_dtype", None) or state.dtype)
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -179,63 +164,17 @@ def _check(layer: nn.Module, parts: LayerModules) -> None:
         if norm is not None and own[norm.weight.data_ptr()].requires_grad:
             raise ObstacleError("its norms are trained")
     for module in _projections(parts):
-        reason = _adapter_obstacle(module) or _base_obstacle(_base(module))
+        reason = adapter_obstacle(module) or base_obstacle(base_of(module))
         if reason is not None:
             raise ObstacleError(reason)
-    kinds = {_is_nf4(_base(module).weight) for module in _projections(parts)}
+    kinds = {is_nf4(base_of(module).weight) for module in _projections(parts)}
     if len(kinds) != 1:
         raise ObstacleError("some of a layer's projections are quantised and some are not")
 
 
-def _base_obstacle(base: Any) -> str | None:
-    if type(base).__name__ not in ("Linear", "Linear4bit"):
-        return f"a projection is a {type(base).__name__}"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-        return "its base weights are trained"
-    if base._forward_hooks or base._forward_pre_hooks:
-        return "a hook watches its projections"
-    if type(base).__name__ == "Linear4bit":
-        return nf4_obstacle(base.weight)
-    return None
-
-
-def _adapter_obstacle(module: Any) -> str | None:
-    if not _is_adapted(module):
-        return None
-    active = module.active_adapters
-    if module.disable_adapters or module.merged:
-        return "its adapter is switched off or merged"
-    if len(active) != 1 or active[0] not in module.lora_A:
-        return "it has several active adapters" if len(active) > 1 else "its active adapter is not on every projection"
-    name = active[0]
-    if type(module.lora_dropout[name]) is not nn.Identity:
-        return "its adapter has dropout"
-    if module.lora_variant.get(name) is not None:
-        return f"its adapter is a {type(module.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
-    if module.lora_bias.get(name):
-        return "its adapter has a bias"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "a hook watches its adapter"
-    return None
-
-
-def _adapted(module: Any) -> Adapted:
-    base = _base(module)
-    if not _is_adapted(module):
-        return Adapted(outputs=base.out_features, bias=base.bias)
-    name = module.active_adapters[0]
-    return Adapted(
-        outputs=base.out_features,
-        bias=base.bias,
-        a=module.lora_A[name].weight,
-        b=module.lora_B[name].weight,
-        scale=module.scaling[name],
-    )
-
-
 def _matrices(parts: LayerModules) -> Matrices:
     def weight(module: nn.Module) -> nn.Parameter:
-        return _base(module).weight  # type: ignore[return-value]
+        return base_of(module).weight  # type: ignore[return-value]
 
     return Matrices(
         qkv=tuple(weight(m) for m in parts.qkv),
@@ -246,9 +185,9 @@ def _matrices(parts: LayerModules) -> Matrices:
 
 
 def _layer(parts: LayerModules, casts: Casts, weights: DenseWeights | Nf4Weights) -> Layer:
-    adapted = [tuple(_adapted(m) for m in group) for group in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))]
-    parameters = [p for group in adapted for one in group for p in (one.a, one.b) if p is not None]
-    qkv, o, gate_up, down = (casts.group(group) for group in adapted)
+    groups = [tuple(adapted(m) for m in group) for group in (parts.qkv, (parts.o,), parts.gate_up, (parts.down,))]
+    parameters = [p for group in groups for one in group for p in (one.a, one.b) if p is not None]
+    qkv, o, gate_up, down = (casts.group(group) for group in groups)
     return Layer(
         attention=parts.attention,
         activation=parts.activation,

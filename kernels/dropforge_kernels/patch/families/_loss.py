@@ -68,7 +68,11 @@ def fused_loss(options: LogitOptions = no_options) -> Callable[[Forward], Forwar
                 "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
             }  # fmt: skip
             whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            if labels is None or not self.training or not whole or kwargs.get("return_dict") is False:
+            ours = labels is not None and self.training and whole and kwargs.get("return_dict") is not False
+            obstacle = needs_plain_head(self) if ours else None
+            if obstacle is not None and engine is not None:
+                engine.decline(obstacle)
+            if not ours or obstacle is not None:
                 return plain(self, **inputs, labels=labels, logits_to_keep=logits_to_keep)
             items = inputs.pop("num_items_in_batch", None)
             ignore = inputs.pop("ignore_index", -100)
@@ -78,9 +82,11 @@ def fused_loss(options: LogitOptions = no_options) -> Callable[[Forward], Forwar
             if hidden is None:
                 hidden = outputs.last_hidden_state
             if targets is None:
+                assert labels is not None
                 targets = shift(labels, ignore_index=ignore)
             # A trained copy of the head is fp32; outside autocast it meets hidden states of the compute dtype.
-            weight = self.lm_head.weight.to(hidden.dtype)
+            weight = self.lm_head.weight
+            weight = weight.to(hidden.dtype) if engine is None else engine.head_weight(weight, hidden.dtype)
             loss = linear_cross_entropy(
                 hidden, weight, targets.reshape(hidden.shape[:-1]).to(hidden.device),
                 ignore_index=ignore, num_items_in_batch=items, max_valid=max_valid, **options(self.config),

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dropforge.errors import CommandError
-from dropforge.fast_adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
-from dropforge.fast_checks import check_layers
-from dropforge.fast_state import needed_state
+from dropforge.fast.adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast.checks import check_layers, check_lora
+from dropforge.fast.repeated import keep_adapter
+from dropforge.fast.state import ModelState, needed_state
 from dropforge.models.plain_lora import initial_pairs
 
 LOG = logging.getLogger("dropforge")
@@ -18,7 +19,7 @@ LOFTQ_BITS = 4
 
 def attach(
     model: Any, *, targets: str | Iterable[str] | None, modules_to_save: Iterable[str] | None, switches: Switches,
-    layers: int | Iterable[int] | None, last_layers: int | None, seed: int, checkpointing: bool,
+    layers: int | Iterable[int] | None, last_layers: int | None, seed: int, checkpointing: bool | None,
     max_seq_length: int | None, init: bool | str, loftq_config: Any, task_type: str | None, fields: Mapping[str, Any],
 ) -> Any:  # fmt: skip
     """The model in PEFT's wrapper; arguments and errors as in FastLanguageModel.get_peft_model."""
@@ -26,18 +27,17 @@ def attach(
     from transformers import set_seed
 
     state = needed_state(model)
-    if max_seq_length is not None:
-        state.max_seq_length = min(state.max_seq_length, max_seq_length)
-    state.checkpointing = checkpointing
+    check_lora(**{name: fields[name] for name in ("r", "lora_alpha", "lora_dropout", "bias")})
+    _shorten(state, max_seq_length)
+    if checkpointing is not None:
+        state.checkpointing = checkpointing
     if state.full_finetuning:
         LOG.warning("get_peft_model changes nothing: the model was loaded with full_finetuning=True")
         return model
-    if isinstance(model, PeftModel):
-        raise CommandError(
-            "this model has an adapter already", code="api-adapter-twice", where="model",
-            fix="train it as it is, or load the base model again",
-        )  # fmt: skip
     chosen_layers = _layers(model, layers, last_layers)
+    if isinstance(model, PeftModel):
+        asked = choose_targets(model.get_base_model(), target_modules=targets, modules_to_save=modules_to_save)
+        return keep_adapter(model, chosen=asked, layers=chosen_layers, switches=switches, fields=fields)
     chosen = choose_targets(model, target_modules=targets, modules_to_save=modules_to_save, switches=switches)
     chosen = within_layers(model, chosen, chosen_layers)
     config = lora_config(
@@ -56,7 +56,7 @@ def attach(
             fix="change the argument it names; PiSSA and OLoRA need weights that are not quantised",
         ) from error  # fmt: skip
     if init == "loftq":
-        from dropforge.fast_loftq import start_from_residual
+        from dropforge.fast.loftq import start_from_residual
 
         start_from_residual(wrapped, folder=state.source.path)
     if isinstance(init, str):
@@ -66,6 +66,15 @@ def attach(
         # PEFT would record the folder of the download, which is of no use on another machine.
         wrapped.peft_config["default"].base_model_name_or_path = state.source.id
     return wrapped
+
+
+def _shorten(state: ModelState, length: int | None) -> None:
+    if length is not None and length > state.max_seq_length:
+        LOG.warning(
+            "max_seq_length=%d has no effect: the model was loaded with max_seq_length=%d", length, state.max_seq_length
+        )
+    elif length is not None:
+        state.max_seq_length = length
 
 
 def _layers(model: Any, layers: int | Iterable[int] | None, last: int | None) -> list[int] | None:

@@ -94,7 +94,7 @@ def gguf_kinds(quantization_method: str | list[str]) -> tuple[str, ...]:
 
 
 def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    from dropforge.fast_language_model import needed_state
+    from dropforge.fast.language_model import needed_state
 
     return given or needed_state(model).tokenizer
 
@@ -120,7 +120,7 @@ def exported(
 
     `beside` is where the scratch folder is made. Raises ExportError for the first export that failed.
     """
-    from dropforge.fast_language_model import needed_state
+    from dropforge.fast.language_model import needed_state
 
     state = needed_state(model)
     beside.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _save_trained(model: Any, scratch: Path, *, base: str) -> tuple[Path | None,
     """(adapter folder, None) or (None, folder of all weights)."""
     from peft import PeftModel
 
-    from dropforge.fast_state import needed_state
+    from dropforge.fast.state import needed_state
 
     if not isinstance(model, PeftModel):
         model.save_pretrained(scratch / "full")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dropforge.fast_extras import LOADING, check_extras
-from dropforge.fast_language_model import FastLanguageModel
-from dropforge.fast_loading import LoadRequest, load
-from dropforge.fast_methods import give_methods
+from dropforge.fast.extras import LOADING, check_extras
+from dropforge.fast.language_model import FastLanguageModel
+from dropforge.fast.loading import LoadRequest, load
+from dropforge.fast.methods import give_methods
 
 if TYPE_CHECKING:
     import torch

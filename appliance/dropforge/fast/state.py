@@ -27,6 +27,10 @@ class ModelState:
     full_finetuning: bool
     kernels: str
     compute_dtype: torch.dtype
+    adapter: str | None = None
+    """The folder of the adapter that training goes on from."""
+    stored_rows: int | None = None
+    """Embedding rows of the model as it is stored."""
     task_type: str | None = "CAUSAL_LM"
     checkpointing: bool = False
     fp16_overflows: bool = False
@@ -71,6 +75,8 @@ def model_report(model: Any) -> list[str]:
     state = needed_state(model)
     revision = f" at revision {state.source.revision}" if state.source.revision else ""
     lines = [f"model: {state.source.id} ({state.source.kind}{revision})", f"weights: {held(model)}"]
+    if state.adapter:
+        lines.append(f"adapter: goes on from {state.adapter}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     lines.append(f"trained: {trained} values, rows of at most {state.max_seq_length} tokens")
     lines += [f"repair: {line}" for line in state.repairs]

@@ -1,7 +1,7 @@
 """Further arguments that scripts give to from_pretrained and get_peft_model: what each one means here.
 
-An argument with nothing to do is accepted and, where a reader could expect an effect, said so; one whose effect is
-missing is refused with what to do instead, unless its value asks for nothing.
+An argument with nothing to do is accepted, and a log line says why it has no effect; one whose effect is missing is
+refused with what to do instead. Values that ask for nothing pass in silence.
 """
 
 from __future__ import annotations
@@ -28,18 +28,22 @@ class Extra:
     """Values that ask for nothing."""
 
 
+_NO_VLLM = "it belongs to fast_inference, and generate() runs in transformers"
 LOADING: dict[str, Extra] = {
-    # Names are never redirected, so the exact one is always used.
-    "use_exact_model_name": Extra(),
-    "disable_log_stats": Extra(),
-    "random_state": Extra(),
-    "max_lora_rank": Extra(),
-    "gpu_memory_utilization": Extra(),
-    "conservativeness": Extra(),
-    "fullgraph": Extra(),
+    "use_exact_model_name": Extra(note="names are never redirected, so the exact one is used anyway"),
+    "disable_log_stats": Extra(note=_NO_VLLM),
+    "random_state": Extra(note="loading draws no random numbers; get_peft_model and the trainer's seed do"),
+    "max_lora_rank": Extra(note=_NO_VLLM),
+    "gpu_memory_utilization": Extra(note=_NO_VLLM),
+    "conservativeness": Extra(note=_NO_VLLM),
+    "fullgraph": Extra(note="nothing is compiled at loading"),
     "return_logits": Extra(note="logits are returned whenever a call has no labels, and in evaluation mode"),
-    "offload_embedding": Extra(note="the embedding stays on the device of the layers"),
-    "unsloth_tiled_mlp": Extra(note="the memory planner decides about tiles by itself"),
+    "offload_embedding": Extra(
+        note="the embedding stays on the GPU: fetching its rows from the host would stop the GPU in every step"
+    ),
+    "unsloth_tiled_mlp": Extra(
+        note="the memory planner computes the MLP in tiles by itself where a batch does not fit without"
+    ),
     "unsloth_force_compile": Extra(note="nothing is compiled at loading"),
     "fast_inference": Extra(refuse="leave fast_inference out: generate() runs in transformers, without vLLM"),
     "float8_kv_cache": Extra(refuse="leave float8_kv_cache out: it needs fast_inference, which is not built in yet"),
@@ -47,11 +51,11 @@ LOADING: dict[str, Extra] = {
     "float8_training": Extra(refuse="leave it out: training computes in bf16"),
     "qat_scheme": Extra(refuse="leave qat_scheme out: train in 16 bits and quantise the result at export"),
     "offload_layers": Extra(refuse="leave offload_layers out, or hold the weights with load_in_4bit=True"),
-    "prefetch_depth": Extra(),
+    "prefetch_depth": Extra(note="it belongs to offload_layers; the memory planner chooses how early it fetches"),
 }
 ADAPTER: dict[str, Extra] = {
-    "temporary_location": Extra(),
-    "max_lora_rank": Extra(),
+    "temporary_location": Extra(note="nothing is written while the adapter is made"),
+    "max_lora_rank": LOADING["max_lora_rank"],
     "qat_scheme": LOADING["qat_scheme"],
     "checkpoint_skip_layers": Extra(note="the memory planner decides which layers are recomputed"),
 }

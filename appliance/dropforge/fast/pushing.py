@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge import __version__
 from dropforge.export.hub_plan import HubUpload, plan_uploads
 from dropforge.export.hub_push import HubTarget, push
-from dropforge.fast_saving import exported, gguf_kinds, merged_kind
+from dropforge.fast.saving import exported, gguf_kinds, merged_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ def _push(
 
 def _card(model: Any, name: str) -> Any:
     """A short model card: what the files are and what they come from."""
-    from dropforge.fast_language_model import needed_state
+    from dropforge.fast.language_model import needed_state
     from dropforge.model_card import HUB_ID
 
     source = needed_state(model).source

@@ -34,10 +34,11 @@ def check_length(config: Any, *, max_seq_length: int, rope_scaling: Mapping[str,
 
     Raises CommandError: api-length, api-rope-scaling.
     """
-    if max_seq_length < 1:
+    if isinstance(max_seq_length, bool) or not isinstance(max_seq_length, int) or max_seq_length < 1:
         raise CommandError(
-            f"max_seq_length must be at least 1, not {max_seq_length}", code="api-length", where="max_seq_length"
-        )
+            f"max_seq_length cannot be {max_seq_length!r}", code="api-length", where="max_seq_length",
+            fix="write a whole number of at least 1, such as 2048",
+        )  # fmt: skip
     known = known_length(config)
     if rope_scaling is not None:
         _check_scaling(config, rope_scaling, known=known, max_seq_length=max_seq_length)

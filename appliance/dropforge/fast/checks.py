@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KERNEL_POLICIES = ("auto", "required", "off")
+BIASES = ("none", "all", "lora_only")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -46,11 +48,14 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str] | None) -> None:
-    """Every name must be the last part of some module's path."""
-    if names is None or isinstance(names, str):
+    """Every name must be the last part of some module's path; a text must match a whole path, or be "all-linear"."""
+    if names is None or names == "all-linear":
         return
     known = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if path and not any(module.children())}
     paths = {path for path, _ in model.named_modules()}
+    if isinstance(names, str):
+        _check_pattern(names, paths, known=known, argument=argument)
+        return
     for name in names:
         if name in known or any(path == name or path.endswith(f".{name}") for path in paths):
             continue
@@ -64,8 +69,43 @@ def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str]
         )
 
 
+def _check_pattern(pattern: str, paths: set[str], *, known: set[str], argument: str) -> None:
+    try:
+        if any(re.fullmatch(pattern, path) for path in paths):
+            return
+        why = "as one text it is an expression for whole paths such as model.layers.0.self_attn.q_proj"
+    except re.error as error:
+        why = f"it is no valid expression: {error}"
+    near = difflib.get_close_matches(pattern, sorted(known), n=1)
+    raise ModelError(
+        f"{argument}: no module matches {pattern!r}", code="adapter-target-unknown", where=argument, why=why,
+        fix=f"for the layers of that name write [{near[0]!r}], as a list" if near else _choices(argument),
+    )  # fmt: skip
+
+
 def _choices(argument: str) -> str:
     return "use names from that list" + (", or 'all-linear'" if argument.endswith("target_modules") else "")
+
+
+def check_lora(*, r: int, lora_alpha: float, lora_dropout: float, bias: str) -> None:
+    """The numbers of an adapter, before PEFT touches the model. Raises CommandError api-lora."""
+    numbers = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    fixes = {
+        "r": (_is_number(r) and r == int(r) and r > 0, "a whole number of at least 1, such as 16"),
+        "lora_alpha": (_is_number(lora_alpha) and lora_alpha > 0, "a number above 0, such as r or 2 * r"),
+        "lora_dropout": (_is_number(lora_dropout) and 0 <= lora_dropout < 1, "a number from 0 to less than 1"),
+    }
+    for name, (good, fix) in fixes.items():
+        if not good:
+            raise CommandError(f"{name} cannot be {numbers[name]!r}", code="api-lora", where=name, fix=f"write {fix}")
+    if bias not in BIASES:
+        raise CommandError(
+            f"bias cannot be {bias!r}", code="api-lora", where="bias", fix=f"one of {', '.join(BIASES)}"
+        )  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_kernels(kernels: str) -> None:

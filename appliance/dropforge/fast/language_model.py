@@ -10,13 +10,13 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dropforge.fast_adapter import Switches
-from dropforge.fast_attach import attach
-from dropforge.fast_extras import ADAPTER, LOADING, check_extras
-from dropforge.fast_loading import LoadRequest, load
-from dropforge.fast_methods import give_methods
-from dropforge.fast_modes import to_inference, to_training
-from dropforge.fast_state import ModelState, needed_state, state_of
+from dropforge.fast.adapter import Switches
+from dropforge.fast.attach import attach
+from dropforge.fast.extras import ADAPTER, LOADING, check_extras
+from dropforge.fast.loading import LoadRequest, load
+from dropforge.fast.methods import give_methods
+from dropforge.fast.modes import to_inference, to_training
+from dropforge.fast.state import ModelState, needed_state, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class FastLanguageModel:
             float32_mixed_precision: False holds the weights of full fine-tuning in 16 bits instead of fp32.
             kernels: "auto" swaps this library's kernels in on a GPU and reports what it could not swap; "required"
                 swaps everywhere and raises instead; "off" trains with transformers' own code.
-            extras: the further names in dropforge.fast_extras.LOADING; docs/guides/porting.md lists what each does.
+            extras: the further names in dropforge.fast.extras.LOADING; docs/guides/porting.md lists what each does.
 
         Raises:
             CommandError: api-two-precisions, api-dtype, api-length, api-rope-scaling, api-kernels, api-argument,
@@ -103,7 +103,7 @@ class FastLanguageModel:
         bias: str = "none",
         layers_to_transform: int | list[int] | None = None,
         layers_pattern: str | list[str] | None = None,
-        use_gradient_checkpointing: bool | str = True,
+        use_gradient_checkpointing: bool | str | None = None,
         random_state: int = 3407,
         max_seq_length: int | None = None,
         use_rslora: bool = False,
@@ -129,14 +129,16 @@ class FastLanguageModel:
         target_modules: None is the seven projections q, k, v, o, gate, up, down where the model has them, else
         "all-linear". "embed_tokens" and "lm_head" in it are trained in full (as modules_to_save), in fp32; where the
         two are one matrix they stay one. Names of parts of a fused layer (qkv_proj, gate_up_proj) mean that layer.
-        use_gradient_checkpointing: True, False, or a text such as "unsloth" or "dropforge", which means True.
+        use_gradient_checkpointing: True, False, or a text such as "unsloth" or "dropforge", which means True; None is
+        as at loading.
         random_state: seed of the matrices. max_seq_length: may lower the limit given at loading.
         init_lora_weights: also "gaussian", "pissa", "olora", "loftq" (which starts from what 4 bits lost).
         finetune_*: leave out parts of the model; finetune_last_n_layers: only the last ones.
-        A model loaded with full_finetuning=True is returned without an adapter.
+        A model loaded with full_finetuning=True is returned without an adapter; one that has this adapter, as it is.
 
         Raises ModelError adapter-target-unknown; CommandError api-not-loaded (not made by from_pretrained),
-        api-adapter-twice, api-target-parts, api-layers, api-switches, api-init, api-lora, api-argument, api-not-built.
+        api-adapter-twice (it has another adapter), api-target-parts, api-layers, api-switches, api-init, api-lora,
+        api-argument, api-not-built.
         """
         check_extras(extras, ADAPTER, function="get_peft_model", names=_names(FastLanguageModel.get_peft_model))
         switches = Switches(
@@ -146,7 +148,8 @@ class FastLanguageModel:
         wrapped = attach(
             model, targets=target_modules, modules_to_save=modules_to_save, switches=switches,
             layers=layers_to_transform, last_layers=finetune_last_n_layers, seed=random_state,
-            checkpointing=bool(use_gradient_checkpointing), max_seq_length=max_seq_length,
+            checkpointing=None if use_gradient_checkpointing is None else bool(use_gradient_checkpointing),
+            max_seq_length=max_seq_length,
             init=init_lora_weights, loftq_config=loftq_config, task_type=task_type,
             fields={
                 "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias,

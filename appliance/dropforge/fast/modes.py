@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from dropforge.errors import ModelError
-from dropforge.fast_state import ModelState, needed_state
+from dropforge.fast.state import ModelState, needed_state
 
 LOG = logging.getLogger("dropforge")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
-from dropforge.fast_checks import check_adapter, check_dtype, check_kernels, check_precision, check_stored_precision
-from dropforge.fast_classes import ModelKind, load_processor, model_kind
-from dropforge.fast_rope import check_length, scale_positions
-from dropforge.fast_source import AdapterFolder, find_source
-from dropforge.fast_state import STATE, ModelState
+from dropforge.fast.checks import check_adapter, check_dtype, check_kernels, check_precision, check_stored_precision
+from dropforge.fast.classes import ModelKind, load_processor, model_kind
+from dropforge.fast.rope import check_length, scale_positions
+from dropforge.fast.source import AdapterFolder, find_source
+from dropforge.fast.state import STATE, ModelState
 from dropforge.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LoadRequest:
 
 def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer or processor). Everything that can be refused is refused before weights are read."""
-    from dropforge.fast_repairs import look_for_untrained
+    from dropforge.fast.repairs import look_for_untrained
 
     check_precision(request.precisions)
     asked = check_dtype(request.dtype)
@@ -87,11 +87,13 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     compute, overflows = _compute_dtype(asked, config, repairs)
     model = _load_weights(request, source, config=config, kind=kind, compute=compute)
     tokenizer = getattr(processor, "tokenizer", processor)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
     _fit_vocabulary(model, max(len(tokenizer), request.resize_model_vocab or 0), repairs)
     state = ModelState(
         source=source, tokenizer=tokenizer, max_seq_length=length, full_finetuning=request.full_finetuning,
         kernels=request.kernels, compute_dtype=compute, task_type=kind.task_type,
         checkpointing=bool(request.use_gradient_checkpointing), fp16_overflows=overflows, repairs=repairs,
+        adapter=request.model_name if adapter is not None else None, stored_rows=rows,
     )  # fmt: skip
     setattr(model, STATE, state)
     _agree_on_special_tokens(model, tokenizer, repairs)
@@ -100,7 +102,7 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     if adapter is not None:
         model = _continue_from(adapter, model)
     for line in repairs:
-        LOG.warning("%s: %s", source.id, line)
+        LOG.warning("%s: %s", request.model_name, line)
     return model, processor
 
 
@@ -114,7 +116,7 @@ def _config(request: LoadRequest, source: ModelSource) -> Any:
 
 
 def _length(request: LoadRequest, config: Any, repairs: list[str]) -> int:
-    from dropforge.fast_rope import known_length
+    from dropforge.fast.rope import known_length
 
     known = known_length(config)
     length = request.max_seq_length if request.max_seq_length is not None else min(known or 2048, 2048)
@@ -129,7 +131,7 @@ def _tokenizer_folder(adapter: AdapterFolder | None, source: ModelSource) -> Pat
 
 
 def _compute_dtype(asked: torch.dtype | None, config: Any, repairs: list[str]) -> tuple[torch.dtype, bool]:
-    from dropforge.fast_repairs import FP16_OVERFLOW, compute_dtype
+    from dropforge.fast.repairs import FP16_OVERFLOW, compute_dtype
     from dropforge.hardware_dtypes import default_dtype, is_bfloat16_supported
 
     family = str(config.get_text_config().model_type)
@@ -222,7 +224,7 @@ def _continue_from(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrained
     from peft import PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from dropforge.fast_adapter import hold_in_fp32
+    from dropforge.fast.adapter import hold_in_fp32
 
     model.requires_grad_(False)
     wrapped: Any = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=True)

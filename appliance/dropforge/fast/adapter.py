@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import CommandError
-from dropforge.fast_checks import check_modules
+from dropforge.fast.checks import check_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -109,7 +109,7 @@ def _switched(model: nn.Module, names: str | list[str], switches: Switches) -> l
             "finetune_*: every part is switched off", code="api-switches", where="finetune_language_layers",
             fix="leave one of vision and language, and one of attention and mlp, True",
         )  # fmt: skip
-    found = [path for path in linear_paths(model, names) if _is_on(path, switches)]
+    found = [path for path in linear_paths(model, names) if is_on(path, switches)]
     if not found:
         raise CommandError(
             "finetune_*: no target lies in the parts that are on", code="api-switches", where="target_modules",
@@ -138,16 +138,18 @@ def within_layers(model: Any, chosen: Targets, layers: list[int] | None) -> Targ
     if isinstance(chosen.modules, list) and not any("." in name for name in chosen.modules):
         return chosen
     wanted = set(layers)
-    paths = [path for path in linear_paths(model, chosen.modules) if _layer(path) in wanted]
+    paths = [path for path in linear_paths(model, chosen.modules) if layer_of(path) in wanted]
     return Targets(modules=paths, saved=chosen.saved, tied=chosen.tied)
 
 
-def _layer(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
+    """Index of the decoder layer that a module's path lies in."""
     found = re.search(r"\.(\d+)\.", path)
     return int(found.group(1)) if found else None
 
 
-def _is_on(path: str, switches: Switches) -> bool:
+def is_on(path: str, switches: Switches) -> bool:
+    """Whether a module's path lies in the parts that get an adapter."""
     parts = path.lower().split(".")
     within = {kind: any(word in part for part in parts for word in words) for kind, words in _PARTS.items()}
     if not (switches.vision if within["vision"] else switches.language):
@@ -161,7 +163,7 @@ def lora_config(
     targets: Targets, *, init_lora_weights: bool | str, loftq_config: Any, task_type: str | None,
     **fields: Any,
 ) -> LoraConfig:  # fmt: skip
-    """PEFT's config. LoftQ starts from zero here: fast_loftq fills the matrices in when the model is quantised.
+    """PEFT's config. LoftQ starts from zero here: dropforge.fast.loftq fills it in when the model is quantised.
 
     Raises CommandError: api-init, api-lora (PEFT refuses the combination).
     """

@@ -1,0 +1,1 @@
+"""FastLanguageModel and FastModel: loading, adapters, modes, repairs and saving. Importing this loads nothing."""
