@@ -16,13 +16,16 @@ if [ "$variant" != cpu ] && ! command -v nvcc >/dev/null; then
 	export PATH="/usr/local/cuda/bin:$PATH" CUDA_PATH=/usr/local/cuda
 fi
 # Named after what decides the build, because the cache mount outlives releases.
-built=/build/$(echo "$architectures" | cat /src/appliance/dropforge/llama_cpp/release.py - | sha256sum | cut -c1-12)
+built=/build/$(echo "$architectures" | cat /src/appliance/dropforge/llama_cpp/release.py "$0" - | sha256sum | cut -c1-12)
 set -- --into "$built" --jobs "$(nproc)"
 if [ "$variant" != cpu ]; then
-	# Without the virtual-memory pool the tools do not link the driver, so they also run where there is none (on the CPU).
-	set -- "$@" --cmake-flag=-DGGML_CUDA=ON --cmake-flag=-DGGML_CUDA_NO_VMM=ON \
-		"--cmake-flag=-DCMAKE_CUDA_ARCHITECTURES=$architectures" \
-		--cmake-flag=-DCMAKE_BUILD_RPATH=/opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib # cuBLAS: the lock's
+	# CUDA in a library of its own that the tools load when it can be: one copy instead of one in every tool, and they
+	# run on the CPU where there is no GPU, driver or cuBLAS. Without the virtual-memory pool it does not link the driver.
+	# shellcheck disable=SC2016  # $ORIGIN is for the loader
+	set -- "$@" --cmake-flag=-DBUILD_SHARED_LIBS=ON --cmake-flag=-DGGML_BACKEND_DL=ON --cmake-flag=-DGGML_CUDA=ON \
+		--cmake-flag=-DGGML_CUDA_NO_VMM=ON --cmake-flag=-DGGML_CUDA_NCCL=OFF \
+		"--cmake-flag=-DCMAKE_CUDA_ARCHITECTURES=$architectures" --cmake-flag=-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON \
+		'--cmake-flag=-DCMAKE_BUILD_RPATH=$ORIGIN;/opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib' # the lock's cuBLAS
 fi
 if [ -s /run/secrets/ca ]; then
 	export PIP_CERT=/run/secrets/ca

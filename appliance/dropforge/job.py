@@ -19,6 +19,7 @@ from dropforge.errors import CommandError, EnvironmentFault, Reason
 from dropforge.events import RunLog
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
+from dropforge.export.base_weights import original_folders
 from dropforge.export.beforehand import refuse_beforehand
 from dropforge.export.publish import publish_result, token_of
 from dropforge.export.samples import EVAL_FILE, read_samples, write_samples
@@ -180,6 +181,7 @@ def export(
         model_id=source.id,
         license=license_of(source.path),
         imatrix=run.imatrix if run.imatrix.exists() else None,
+        originals=original_folders(source.id, base=source.path, root=root),
         samples=read_samples(run.trained),
         eval_samples=read_samples(run.trained, file=EVAL_FILE),
     )

@@ -46,6 +46,8 @@ def model_card(
         lines.append(f"| evaluation loss (last) | {summary['eval_loss']:.4f} |")
     lines += _engine(summary.get("engine"))
     lines += [f"| seed | {spec.train.seed} |", "", *_exports(exports)]
+    if not relation:  # on the hub every kind lies at the top of a repository of its own
+        lines += _commands(exports, base=source.id if HUB_ID.fullmatch(source.id) else "BASE")
     lines += [
         "",
         "Data files, with their SHA-256, library versions and every setting: `provenance.json`.",
@@ -99,8 +101,43 @@ def _exports(exports: tuple[ExportReport, ...]) -> list[str]:
         "",
         "Mean KL: how much the file's next-token predictions differ from those of the model it was made from (the",
         "merged folder; for the merged folder and the adapter, the model as it was trained), in nats; 0 is equal.",
+        "Same first token: how often both think the same token the likeliest next one.",
     ]
-    return [*lines, *_enlarged(exports)]
+    return [*lines, *_enlarged(exports), *_base_weights(exports)]
+
+
+def _commands(exports: tuple[ExportReport, ...], *, base: str) -> list[str]:
+    """One line per file that is there: how to run it, from inside this folder."""
+    commands = {
+        "adapter": f"vllm serve {base} --enable-lora --lora-modules mine={{path}}   # or PEFT in Python",
+        "merged": "vllm serve {path}   # or transformers in Python",
+        "merged_4bit": "vllm serve {path}   # or transformers with bitsandbytes",
+        "fp8": "vllm serve {path}   # an Ada, Hopper or newer GPU",
+        "gguf": "llama-server -m {path}",
+        "lora_gguf": "llama-server -m BASE.gguf --lora {path}",
+    }
+    lines = []
+    for report in exports:
+        command = commands.get(report.kind.partition(":")[0])
+        if report.ok and report.kind == "ollama":
+            lines.append(str(report.checks["create"]))
+        elif report.ok and command:
+            split = report.kind.startswith("gguf:") and not report.path.endswith(".gguf")
+            lines.append(command.format(path=report.path + ("/*-00001-of-*.gguf" if split else "")))
+    return ["", "## Use", "", "```sh", *lines, "```"] if lines else []
+
+
+def _base_weights(exports: tuple[ExportReport, ...]) -> list[str]:
+    """Which weights the adapter was merged onto, where the base model's own files are quantised."""
+    note = next((report.checks["base_weights"] for report in exports if "base_weights" in report.checks), None)
+    if note is None:
+        return []
+    if note["weights"] == "original":
+        return ["", f"The base model is {note['format']}; the exports are made onto its original 16-bit weights."]
+    return [
+        "", f"The base model is {note['format']}, and its original 16-bit weights were not at hand: the exports are",
+        "made onto dequantised weights, so they carry the rounding of that format.",
+    ]  # fmt: skip
 
 
 def _enlarged(exports: tuple[ExportReport, ...]) -> list[str]:

@@ -50,6 +50,14 @@ class JobCallback(TrainerCallback):
         self._last_save = self._start_time = 0.0
         self._start_step, self._start_epoch = 0, 0.0
         self._eval_batches = 0
+        self._told: set[str] = set()
+
+    def tell_engine(self) -> None:
+        """What the fast step has done since the last time, as events: which buckets are captured, what does not fit."""
+        for line in self.speed.lines() if self.speed is not None else ():
+            if line not in self._told:
+                self._told.add(line)
+                self.log.event("engine", text=line)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,6 +90,7 @@ class JobCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.tell_engine()
         values = logs or {}
         loss, norm = values.get("loss"), values.get("grad_norm", 0.0)
         if loss is None:

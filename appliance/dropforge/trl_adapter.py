@@ -169,8 +169,7 @@ def train_sft(
     early.restore_best(model)
     engine = None
     if plan.token_budget:
-        for line in trainer.report.lines():
-            log.event("engine", text=line)
+        callback.tell_engine()
         engine = trainer.report.as_dict() | {"kernels": kernels.report.lines() if kernels else []}
     evaluations = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     return TrainingSummary(

@@ -14,7 +14,7 @@ import torch
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1}  # fmt: skip
 ARGUMENTS = {"output_dir": "outputs", "report_to": "none", "save_strategy": "no", "logging_steps": 1, "seed": 3,
-             "learning_rate": 2e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2,
+             "learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2,
              "disable_tqdm": True}  # fmt: skip
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
 PROMPTED = PLAIN + "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -26,7 +26,12 @@ def broken(checkpoint):
     from transformers import LlamaConfig
 
     def make(*, template=None, change=None, config=None, **fields):
-        folder = checkpoint("broken", config or LlamaConfig(**SMALL), change=change)
+        def changed(model, tokenizer):
+            model.get_output_embeddings().weight.mul_(4)  # so that a token can become likely at all at this width
+            if change is not None:
+                change(model, tokenizer)
+
+        folder = checkpoint("broken", config or LlamaConfig(**SMALL), change=changed)
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
         if template is not None:

@@ -145,6 +145,29 @@ def test_the_page_tells_met_and_missed(tmp_path):
     assert "1.90" in table(tmp_path / "steps.csv")
 
 
+def test_the_page_in_the_documentation_is_that_of_the_latest_rows():
+    from steps.report import DOCS, PAGE, page
+
+    latest = sorted((FOLDERS[-1] / "results").glob("*-steps.csv"))[-1]
+    assert (DOCS / PAGE).read_text() == page(latest) + "\n", f"python -m steps publish {latest.name} mends this"
+
+
+def test_publishing_writes_the_page(tmp_path, monkeypatch):
+    from steps import report
+    from steps.records import append
+
+    def no_plot(path):
+        raise ModuleNotFoundError("matplotlib")
+
+    for row in rows():
+        append(tmp_path / "steps.csv", row)
+    (tmp_path / "reference").mkdir()
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "plot", no_plot)
+    assert "no plot" in report.publish(tmp_path / "steps.csv")
+    assert (tmp_path / report.PAGE).read_text() == report.page(tmp_path / "steps.csv") + "\n"
+
+
 def test_an_unknown_column_is_refused(tmp_path):
     from steps.records import append
 

@@ -28,9 +28,17 @@ def memory(pid: int) -> int:
     return int(text.partition("VmRSS:")[2].split()[0]) * 1024
 
 
-def cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int, *, children: bool = False) -> float:
+    """Of the process, and of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return sum(map(int, fields[11 : 15 if children else 13])) / TICKS
+
+
+def disk_under(path: Path) -> str:
+    """Type of the file system: on a RAM disk an fsync costs nothing, and the number must say so."""
+    return subprocess.run(
+        ["stat", "--file-system", "--format", "%T", path], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def watch(root: DataRoot, **environment: str) -> subprocess.Popen[bytes]:
@@ -59,6 +67,8 @@ def test_an_idle_daemon_costs_nothing(root: DataRoot, record_property) -> None:
 
 
 GOOD, BAD = 10_000, 10_000
+SETTLE_SECONDS, FIRST_SECONDS = 5, 10
+PATIENCE = 5400
 
 
 def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
@@ -67,37 +77,43 @@ def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
         (root.inbox / f"a-bad-{number:05}.yaml").write_text(spec_text(f"bad-{number}", extra="nonsense: 1\n"))
     for number in range(GOOD):
         (root.inbox / f"good-{number:05}.yaml").write_text(spec_text(f"good-{number} steps-1 delay-1"))
-    tracker, looks = SettleTracker(root, settle_seconds=5), []
+    tracker, looks = SettleTracker(root, settle_seconds=SETTLE_SECONDS), []
     for now in range(3):
         started = time.process_time()
         tracker.update(look(root), now=now * 6.0)
         looks.append(time.process_time() - started)
     began = time.monotonic()
-    peak, first = 0, 0.0
     daemon = watch(root, DROPFORGE_POLL_SECONDS="1")
     try:
         wait_until(lambda: places_of_first(root), seconds=120)
-        first = time.monotonic() - began
+        first, first_cpu = time.monotonic() - began, cpu_seconds(daemon.pid, children=True)
+        busy = os.getloadavg()[0]
         set_switch(root, Switch.PAUSE, on=True)
         resident = [memory(daemon.pid)]
         while any(root.inbox.glob("*.yaml")):
-            assert time.monotonic() - began < 3600, "it did not end"
+            assert time.monotonic() - began < PATIENCE, "it did not end"
             time.sleep(2)
             resident.append(memory(daemon.pid))
         peak = max(resident)
-        took = time.monotonic() - began
+        took, cpu = time.monotonic() - began, cpu_seconds(daemon.pid, children=True)
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(120)
     tickets = sum(len(ids) for ids in places(root).values())
     rejected = len(list(root.rejected.iterdir()))
-    record_property("measured", f"first start after {first:.1f} s (5 s of them settling), all taken after {took:.0f} s, daemon at "
-                                f"most {peak / MIB:.0f} MiB, a look {1000 * min(looks):.0f} ms")  # fmt: skip
+    record_property(
+        "measured",
+        f"first start after {first:.1f} s ({SETTLE_SECONDS} s of them settling, {first_cpu:.1f} s of CPU time; {busy:.0f} "
+        f"others wanted the {os.cpu_count()} cores), all 20,000 taken after {took:.0f} s ({cpu:.0f} s of CPU time, on "
+        f"{disk_under(root.path)}), daemon {resident[0] / MIB:.0f} MiB at the first start and {peak / MIB:.0f} MiB at most, "
+        f"a look at 20,000 files {1000 * min(looks):.0f} ms of CPU time",
+    )
     assert (tickets, rejected) == (GOOD, BAD)
     assert json.loads(root.queue_json.read_text())["queued_more"] >= 0
     assert min(looks) < 0.4, "20,000 files, so 0.2 s for 10,000"
     assert peak < 300 * MIB
-    assert first < 10
+    assert SETTLE_SECONDS + first_cpu < FIRST_SECONDS
+    assert first < FIRST_SECONDS or busy > 2 * (os.cpu_count() or 1), "on a machine that nobody else uses"
 
 
 def places_of_first(root: DataRoot) -> bool:

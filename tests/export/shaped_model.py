@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def write_base(folder: Path, shape: dict) -> int:
     tables = {}
     for name in shapes:
         kind = name.rpartition("layers.")[2].partition(".")[2] or name
-        generator = torch.Generator().manual_seed(zlib.crc32(kind.encode()))
-        tables.setdefault(kind, (torch.randn(1_000_003, generator=generator) * 0.02).to(torch.bfloat16))
+        if kind not in tables:
+            generator = torch.Generator().manual_seed(zlib.crc32(kind.encode()))
+            tables[kind] = (torch.randn(1_000_003, generator=generator) * _spread(kind, config)).to(torch.bfloat16)
 
     def tensor(name: str):
         if "norm" in name:
@@ -57,6 +59,19 @@ def write_base(folder: Path, shape: dict) -> int:
         weight_map.update(dict.fromkeys(group, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(torch.Size(extent).numel() for extent in shapes.values())
+
+
+def _spread(kind: str, config) -> float:
+    """Standard deviation of a weight: such that, as in trained models, no layer changes its input very much.
+
+    With equal spreads everywhere the layers would turn any rounding into another prediction, and no bound could hold.
+    """
+    embedding = 0.05 if config.tie_word_embeddings else 1.0
+    if "embed_tokens" in kind:
+        return embedding
+    if "o_proj" in kind or "down_proj" in kind:
+        return 0.02 * embedding / math.sqrt(2 * config.num_hidden_layers)
+    return 0.02
 
 
 def _tensor_shapes(config) -> dict[str, tuple[int, ...]]:

@@ -163,3 +163,11 @@ def test_policies_names_and_signature(tiny, batch):
         pass
     with pytest.raises(PatchError, match="policy must be one of"), patched(model, policy="on"):
         pass
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", None, 3])
+def test_what_is_no_model_is_refused_by_its_argument(model):
+    from dropforge_kernels.patch.session import PatchError, open_session
+
+    with pytest.raises(PatchError, match=f"model must be a loaded model.*{type(model).__name__}"):
+        open_session(model)

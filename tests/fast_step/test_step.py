@@ -214,6 +214,7 @@ def layered(feeder, backend=None, why_not=""):
     return step, report
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's compiler looks at every input
 def test_layers_are_compiled_where_nothing_can_be_captured(feeder):
     calls = []
 
@@ -240,6 +241,7 @@ def test_layers_are_compiled_where_nothing_can_be_captured(feeder):
     assert len(calls) == before
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's compiler looks at every input
 def test_layers_that_do_not_compile_stay_eager_and_say_why(feeder):
     def backend(graph, inputs):
         raise RuntimeError("no compiler here")

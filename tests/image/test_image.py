@@ -6,11 +6,12 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from image_container import IMAGE, docker
+from image_container import IMAGE, client, docker
 
 ROOT = Path(__file__).parents[2]
 SHELL_SCRIPTS = [
@@ -200,6 +201,32 @@ def test_locks_are_hashed_pinned_and_name_no_index(lock: str) -> None:
         # nvcc refuses another version's headers, and PTX of a newer one needs a newer driver than the image asks for.
         toolkit = "nvidia-(?:cuda-(?:nvcc|crt|cccl|runtime|nvrtc)|nvvm|nvjitlink)"
         assert {version[:5] for version in re.findall(rf"^{toolkit}==(\S+)", text, re.MULTILINE)} == {"13.0."}
+
+
+@pytest.mark.parametrize(("variant", "machine"), [("cuda", "x86_64"), ("dgx", "aarch64")])
+def test_every_locked_package_has_a_wheel_for_its_machine(tmp_path: Path, variant: str, machine: str) -> None:
+    """With a locked hash, for Python 3.12 and the glibc of Ubuntu 24.04; nothing is installed. Asks the package index."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("uv"), "pip", "install", "--dry-run", "--require-hashes", "--no-deps",
+         "--only-binary", ":all:", "--python-version", "3.12", "--python-platform", f"{machine}-manylinux_2_39",
+         "--target", tmp_path, "--requirement", ROOT / "docker" / f"image-{variant}.lock"],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\n + torch==2.11.0\n" in done.stderr and "\n + nvidia-cuda-nvcc==13.0." in done.stderr
+
+
+def test_the_dgx_file_builds_on_a_stand_in_base() -> None:
+    """Its CPU variant, every stage, on the base of the image under test; out of the cache that this one filled."""
+    made_of = docker("image", "history", "--no-trunc", "--format", "{{.Comment}}", IMAGE).stdout
+    base = "dropforge-base:bookworm" if "Imported from" in made_of else "debian:bookworm-slim"
+    words = ["build", "--quiet", "--file", ROOT / "Dockerfile.dgx", "--target", "image"]
+    for name, value in (("VARIANT", "cpu"), ("BASE", base), ("LLAMA_BASE", base), ("TORCH_PIP_ARGS", "")):
+        words += ["--build-arg", f"{name}={value}"]
+    done = subprocess.run([client(), *map(str, words), str(ROOT)], capture_output=True, text=True,
+                          env={**os.environ, "DOCKER_BUILDKIT": "1"}, timeout=280, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert docker("run", "--rm", done.stdout.strip(), "python", "-c", "print(6 * 7)").stdout.strip() == "42"
 
 
 def test_the_gpu_images_take_the_same_versions() -> None:

@@ -15,9 +15,12 @@ from dropforge.cli.output import data_root, emit, table
 from dropforge.cli.spec_commands import read_spec_file
 from dropforge.daemon import attempts, control
 from dropforge.daemon import submit as inbox
-from dropforge.daemon.query import JobView, find_job, list_jobs
+from dropforge.daemon.liveness import NOT_RUNNING, serving
+from dropforge.daemon.names import printable
+from dropforge.daemon.query import JobView, find_job, inbox_of, list_jobs
 from dropforge.daemon.rejection import problem_text
 from dropforge.daemon.singleton import daemon_is_alive
+from dropforge.daemon.watcher import look
 from dropforge.errors import CommandError
 from dropforge.files import read_json_lines
 from dropforge.paths import DataRoot
@@ -77,11 +80,26 @@ def status(arguments: Namespace) -> int:
         job = find_job(root, arguments.job)
         emit(arguments, as_json(root, job), describe(root, job))
         return 0
-    jobs = list_jobs(root, ended=SHOWN_ENDED_JOBS)
-    rows = [(job.id, job.state.value, _doing(job)) for job in jobs]
+    now = serving(root)
+    jobs = list_jobs(root, ended=SHOWN_ENDED_JOBS, alive=now.alive)
+    rows = [(job.id, job.state.value, _doing(job)) for job in jobs] + waiting_in_inbox(root, alive=now.alive)
     text = table(rows, header=("JOB", "STATE", "")) if rows else f"no jobs yet; drop a spec into {root.inbox}"
-    emit(arguments, [as_json(root, job) for job in jobs], text)
+    problems = [f"problem: {problem}" for problem in now.problems]
+    emit(arguments, [as_json(root, job) for job in jobs], "\n".join([now.text, *problems, "", text]))
     return 0
+
+
+def waiting_in_inbox(root: DataRoot, *, alive: bool) -> list[tuple[str, str, str]]:
+    """Rows for files that are not jobs yet."""
+    said = {entry["file"]: entry for entry in inbox_of(root)} if alive else {}
+    rows = []
+    names = sorted(look(root).entries)
+    for name in names[:SHOWN_ENDED_JOBS]:
+        entry = said.get(printable(name), {})
+        text = "becomes a job when Dropforge runs" if not alive else entry.get("message") or "is about to become a job"
+        rows.append((printable(name), "in inbox", text))
+    more = len(names) - SHOWN_ENDED_JOBS
+    return [*rows, (f"and {more} more", "in inbox", "")] if more > 0 else rows
 
 
 def _doing(job: JobView) -> str:
@@ -111,6 +129,8 @@ def describe(root: DataRoot, job: JobView) -> str:
     else:
         rows.append(("run", str(root.run(job.id).path)))
     rows += [("result", str(job.result))] if job.result else []
+    if not job.state.ended and not serving(root).alive:
+        rows.append(("note", NOT_RUNNING))
     problems = job.status.get("problems") or []
     return "\n\n".join([table(rows), *(problem_text(problem) for problem in problems)])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dropforge.checkpoints import CheckpointStore
 from dropforge.daemon import attempts
+from dropforge.daemon.liveness import runs_now, serving
 from dropforge.daemon.names import printable
 from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, ids_in, read, state_in, ticket_path
 from dropforge.daemon.rejection import rejections
@@ -43,12 +45,14 @@ class JobView:
         return number_of(self.id)
 
 
-def list_jobs(root: DataRoot, *, ended: int | None = None) -> list[JobView]:
+def list_jobs(root: DataRoot, *, ended: int | None = None, alive: bool | None = None) -> list[JobView]:
     """Every job in the order of acceptance, rejected files among them.
 
     Args:
         ended: only so many of the newest ended jobs (None: all). Live jobs are always listed.
+        alive: whether a daemon serves the root (None: look). Without one, what the files say of running jobs is old.
     """
+    alive = serving(root).alive if alive is None else alive
     waiting = _waiting(root)
     live: list[JobView] = []
     over: list[JobView] = []
@@ -60,7 +64,8 @@ def list_jobs(root: DataRoot, *, ended: int | None = None) -> list[JobView]:
         for job_id in ids if is_live or ended is None else ids[-ended:] if ended else []:
             ticket = read(ticket_path(root, folder, job_id))
             if ticket is not None:
-                (live if is_live else over).append(_view(root, folder, ticket, waiting))
+                view = _view(root, folder, ticket, waiting)
+                (live if is_live else over).append(view if alive or folder != "running" else _left_alone(root, view))
     if root.rejected.is_dir():
         over += _rejected(root, newest=ended)
     over.sort(key=lambda job: job.seq)
@@ -109,6 +114,25 @@ def _view(root: DataRoot, folder: str, ticket: Ticket, waiting: dict[str, str]) 
     )  # fmt: skip
 
 
+def _left_alone(root: DataRoot, view: JobView) -> JobView:
+    """A job that was running when its daemon went away: its files stay as they were, so they are not repeated here."""
+    run = root.run(view.id)
+    if runs_now(run):
+        text = "Dropforge itself was ended; this job saves a checkpoint and ends, and goes on when Dropforge runs again"
+        return replace(view, message=text)
+    return replace(view, state=State.INTERRUPTED, reason=None, message=f"was cut off; {_goes_on(run)}", status={})
+
+
+def _goes_on(run: RunFolder) -> str:
+    """Where an interrupted job will go on, by what lies in its folder."""
+    if (run.trained / "record.json").exists():
+        return "its training is complete and safe; it goes on with the exports when Dropforge runs again"
+    saved = CheckpointStore(run.checkpoints).all() if run.checkpoints.is_dir() else []
+    if saved:
+        return f"goes on from step {max(point.step for point in saved)}, its last checkpoint, when Dropforge runs again"
+    return "starts again from the beginning when Dropforge runs again, because no checkpoint had been saved"
+
+
 def state_of(run: RunFolder, folder: str, status: dict[str, Any]) -> State:
     """The state as the place of the ticket and status.json say together; the place wins."""
     if folder == "running" and _asked_to_stop(run):
@@ -136,6 +160,15 @@ def _waiting(root: DataRoot) -> dict[str, str]:
         return {job["id"]: job["waiting_for"] for job in queued}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
+
+
+def inbox_of(root: DataRoot) -> list[dict[str, str]]:
+    """What the daemon says of files that are not jobs yet: `file`, `stage`, `message`; empty when it says nothing."""
+    try:
+        entries = read_json(root.queue_json)["inbox"]
+        return [{key: str(entry[key]) for key in ("file", "stage", "message")} for entry in entries]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _rejected(root: DataRoot, *, newest: int | None) -> list[JobView]:

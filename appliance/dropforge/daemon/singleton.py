@@ -20,6 +20,7 @@ from dropforge.files import read_json, write_json
 from dropforge.paths import DataRoot
 
 HEARTBEAT_SECONDS = 5.0
+LOCK_TRIES = 5
 
 
 class Singleton:
@@ -40,7 +41,7 @@ class Singleton:
         except OSError as error:
             raise unusable(self._root, error) from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd)
             if self._on_network(self._root) and self._somebody_beats():
                 raise BlockingIOError
         except BlockingIOError:
@@ -78,6 +79,16 @@ class Singleton:
         )  # fmt: skip
 
 
+def _lock(fd: int) -> None:
+    """Raises BlockingIOError when a daemon holds it; one who only asks (`daemon_is_alive`) holds it for an instant."""
+    for _ in range(LOCK_TRIES - 1):
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def write_heartbeat(root: DataRoot, *, state: str, problems: list[str], running: list[str], queued: int) -> None:
     """state/daemon.json: health checks and `status` read it. Stale after three times HEARTBEAT_SECONDS."""
     identity = ProcessId.of(os.getpid())
@@ -97,15 +108,17 @@ def read_heartbeat(root: DataRoot) -> dict[str, Any]:
 
 
 def daemon_is_alive(root: DataRoot) -> bool:
-    """True when the lock is held, by a process on this machine or, over a shared disk, on another."""
+    """True when a process of this machine holds the lock. Needs no right to write."""
     try:
-        fd = os.open(root.state / "daemon.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(root.state / "daemon.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # never served, or not ours to read
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(fd)
     return False

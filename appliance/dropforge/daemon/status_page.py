@@ -16,6 +16,7 @@ from dropforge.paths import DataRoot
 from dropforge.states import State
 
 QUEUE_LISTED = 1000
+_AGE = "Written every few seconds. If that is long ago, Dropforge has ended without a word: ask `dropforge status`."
 ENDED_LISTED = 20
 
 
@@ -46,7 +47,11 @@ def write_pages(
     root: DataRoot, *, daemon: str, problems: Sequence[str], inbox: Sequence[InboxEntry],
     waiting: Sequence[tuple[Ticket, Waiting]],
 ) -> None:  # fmt: skip
-    jobs = [job for job in list_jobs(root, ended=ENDED_LISTED) if job.state not in (State.QUEUED, State.INTERRUPTED)]
+    jobs = [
+        job
+        for job in list_jobs(root, ended=ENDED_LISTED, alive=True)
+        if job.state not in (State.QUEUED, State.INTERRUPTED)
+    ]
     page = Page(daemon=daemon, problems=problems, inbox=inbox, waiting=waiting, jobs=jobs)
     write_json(root.queue_json, as_json(page))
     write_text(root.status_page, as_markdown(page))
@@ -90,7 +95,7 @@ def _short(job: JobView) -> dict[str, Any]:
 
 def as_markdown(page: Page) -> str:
     """The content of STATUS.md."""
-    parts = [f"# Dropforge: {page.daemon}\n\n{utc_now()} (UTC)\n"]
+    parts = [f"# Dropforge: {page.daemon}\n\n{utc_now()} (UTC)\n\n{_AGE}\n"]
     if page.problems:
         parts.append("## Problems\n\n" + "".join(f"- {_cell(problem)}\n" for problem in page.problems))
     active = [job for job in page.jobs if not job.state.ended and job.state is not State.HELD]

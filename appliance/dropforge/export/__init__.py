@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dropforge.errors import DropforgeError, EnvironmentFault, ExportError, Reason
+from dropforge.export.disk import refuse_full_disk
 from dropforge.export.request import ExportReport, ExportRequest, Made, Message
 from dropforge.export_kinds import split_detail
-from dropforge.files import TEMPORARY_PREFIX, free_bytes, fsync_file, fsync_folder, regular_files, rename_folder
+from dropforge.files import TEMPORARY_PREFIX, fsync_file, fsync_folder, regular_files, rename_folder
 
 if TYPE_CHECKING:
     from dropforge.export.stage import Stage
@@ -23,8 +24,6 @@ __all__ = ["ExportReport", "ExportRequest", "Message", "export_all", "export_one
 
 Progress = Callable[[str, int, int], None]
 """Called with an export, how many are finished, and how many there are."""
-
-DISK_MARGIN = 64 * 2**20
 
 
 def export_all(
@@ -71,7 +70,7 @@ def export_one(stage: Stage, kind: str) -> ExportReport:
         if staging.exists():
             shutil.rmtree(staging)
         staging.mkdir()
-        _check_space(stage.request)
+        refuse_full_disk(stage, kind)
         made = _make(stage, kind, staging)
         path = _place(made.path, staging=staging, target=_target(stage.request, kind, made))
     except DropforgeError as error:
@@ -93,7 +92,7 @@ def export_one(stage: Stage, kind: str) -> ExportReport:
         path=path.relative_to(stage.request.result.path).as_posix(),
         bytes=sum(file.stat().st_size for file in files),
         seconds=round(time.monotonic() - start, 3),
-        checks=made.checks,
+        checks={**made.checks, **({"base_weights": stage.base.note} if stage.has("base") and stage.base.note else {})},
     )
 
 
@@ -147,22 +146,3 @@ def _place(made: Path, *, staging: Path, target: Path) -> Path:
         made.replace(target)
         fsync_folder(target.parent)
     return target
-
-
-def _check_space(request: ExportRequest) -> None:
-    """Refuse before writing when not even one more 16-bit copy of the weights fits."""
-    from dropforge.export.safetensors_stream import index_folder
-
-    needed = DISK_MARGIN
-    for info in index_folder(request.full or request.base_path).values():
-        count = 2
-        for extent in info.shape:
-            count *= extent
-        needed += count
-    free = free_bytes(request.result.path)
-    if free < needed:
-        raise EnvironmentFault(
-            f"the disk is too full for an export: {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free",
-            code="export-disk", where=str(request.result.path.name), fix="free some space, then run `dropforge retry`",
-            reason=Reason.DISK,
-        )  # fmt: skip

@@ -40,7 +40,8 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
     if sha256_file(folder / WEIGHTS) != sha256_file(request.adapter / WEIGHTS):
         raise _wrong("the exported adapter's weights are not the trained ones", where=WEIGHTS)
     parsed = read_adapter(folder)
-    base = index_folder(request.base_path)
+    folder_16_bit = stage.base.folder
+    base = index_folder(folder_16_bit)
     unmatched = sorted(
         module for module in parsed.changes if f"{module}.weight" not in base and not module.endswith("lm_head")
     )
@@ -50,9 +51,9 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
         )
     prompts = stage.prompts()[:2]
     positions = [spread_positions(len(ids), most=PROMPT_POSITIONS) for ids in prompts]
-    with trained_model(request.base_path, request.adapter, None, runs_code=request.runs_code) as model:
+    with trained_model(folder_16_bit, request.adapter, None, runs_code=request.runs_code) as model:
         truth = logprobs(model, prompts, positions)
-    with trained_model(request.base_path, folder, None, runs_code=request.runs_code) as model:
+    with trained_model(folder_16_bit, folder, None, runs_code=request.runs_code) as model:
         close = agreement(truth, logprobs(model, prompts, positions))
     if close.relative_error > 1e-6:
         raise _wrong("the exported adapter predicts something else", where=f"relative error {close.relative_error:.3g}")

@@ -101,7 +101,7 @@ def _base_view(stage: Stage) -> Path:
     for path in stage.gguf_inputs.view.iterdir():
         if path.suffix != ".safetensors" and path.name != INDEX:
             shutil.copyfile(path, view / path.name)
-    base = stage.request.base_path
+    base = stage.base.folder
     for path in weight_files(base):
         (view / path.name).symlink_to(path.resolve())
     if (base / INDEX).exists():

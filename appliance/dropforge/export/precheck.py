@@ -8,7 +8,7 @@ from typing import Any
 from dropforge.errors import EnvironmentFault, ExportError
 from dropforge.export.export_fp8 import MULTIPLE
 from dropforge.export.export_merged_4bit import BLOCK as NF4_BLOCK
-from dropforge.export.merge import refuse_quantized
+from dropforge.export.quantized_base import quantized_base
 from dropforge.export.quantized_folder import linear_layers
 from dropforge.export.safetensors_stream import index_folder
 from dropforge.files import read_json
@@ -28,8 +28,8 @@ def precheck(
     """
     if set(kinds) <= {"adapter"}:
         return
-    index_folder(base)
-    refuse_quantized(base)
+    quantized = quantized_base(base)
+    shapes = quantized.shapes if quantized else {name: info.shape for name, info in index_folder(base).items()}
     config: dict[str, Any] = read_json(base / "config.json")
     if needs_code(config):
         raise ExportError(
@@ -49,7 +49,7 @@ def precheck(
     sides = {"fp8": MULTIPLE["channel"], "fp8:static": MULTIPLE["channel"], "fp8:block": MULTIPLE["block"]}
     for kind, multiple in {**sides, "merged_4bit": NF4_BLOCK}.items():
         if kind in kinds:
-            linear_layers(base, multiple=multiple, what=kind)
+            linear_layers(base, multiple=multiple, what=kind, shapes=shapes)
 
 
 def _converts(config: dict[str, Any]) -> None:

@@ -43,18 +43,21 @@ class LinearLayers:
     """Left in 16 bits: the head, and layers whose shape the format cannot take."""
 
 
-def linear_layers(folder: Path, *, multiple: int, what: str) -> LinearLayers:
+def linear_layers(
+    folder: Path, *, multiple: int, what: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> LinearLayers:
     """The linear layers of a merged folder, found in transformers' own model without its weights.
 
-    `multiple`: both sides of a quantised matrix must be multiples of it. `what` names the export in errors.
+    `multiple`: both sides of a quantised matrix must be multiples of it. `what` names the export in errors. `shapes`
+    are those of the weights in 16 bits, where the folder's own files are not.
     Raises ExportError (export-quantize-unsupported) for models whose matrices are not plain linear layers (mixtures of
     experts, GPT-2), and when no matrix has a shape that fits.
     """
-    stored = index_folder(folder)
+    stored = shapes or {name: info.shape for name, info in index_folder(folder).items()}
     linear, head = _modules(folder)
     other = [
-        name for name, info in stored.items()
-        if (len(info.shape) > 2 or ".experts." in name) and not name.endswith("conv1d.weight")
+        name for name, shape in stored.items()
+        if (len(shape) > 2 or ".experts." in name) and not name.endswith("conv1d.weight")
     ]  # fmt: skip
     unstored = [module for module in linear if module != head and f"{module}.weight" not in stored]
     body = [module for module in linear if module != head]
@@ -62,7 +65,7 @@ def linear_layers(folder: Path, *, multiple: int, what: str) -> LinearLayers:
         raise _unsupported(
             what, why=f"it has weights that are not plain linear layers: {', '.join([*other, *unstored][:3])}"
         )
-    kept = {module for module in body if any(side % multiple for side in stored[f"{module}.weight"].shape)}
+    kept = {module for module in body if any(side % multiple for side in stored[f"{module}.weight"])}
     for module in list(kept):
         parent, _, name = module.rpartition(".")
         kept |= {f"{parent}.{other}" for group in _FUSED if name in group for other in group}

@@ -19,7 +19,7 @@ class ExportRequest:
     """Everything the exporters need. Exactly one of `adapter` and `full` is set."""
 
     base_path: Path
-    """Hugging Face folder with the weights the training started from, 16 or 32 bits (not the quantised copy)."""
+    """Hugging Face folder of the model the training started from, as it came: not the copy a QLoRA run quantised."""
     tokenizer: Path
     """Folder of the training tokenizer, with its chat template."""
     result: ResultFolder
@@ -32,6 +32,8 @@ class ExportRequest:
     """Start of every file name."""
     model_id: str
     """How the base is called in metadata; never a path of this machine."""
+    originals: tuple[Path, ...] = ()
+    """Folders that may hold the 16-bit weights of a base whose own files are quantised."""
     adapter: Path | None = None
     """PEFT folder of the trained adapter."""
     full: Path | None = None

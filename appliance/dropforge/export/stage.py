@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import DropforgeError
+from dropforge.export.base_weights import BaseWeights, base_weights
 from dropforge.export.calibration import InputStatistics, input_statistics
 from dropforge.export.chat_format import file_template, render, stops, token_ids, turn_end
 from dropforge.export.go_template import OllamaTemplate, ollama_template
@@ -19,7 +20,7 @@ from dropforge.export.merge import merge
 from dropforge.export.probes import ANSWERED, TEXTS
 from dropforge.export.reference import Answer, Judged, spread_positions
 from dropforge.export.request import ExportRequest
-from dropforge.export.tokenizer_files import is_sentencepiece, set_eos, space_prefix, write_tokenizer
+from dropforge.export.tokenizer_files import end_generation, is_sentencepiece, set_eos, space_prefix, write_tokenizer
 from dropforge.export.verify_gguf import Expected, verify_gguf
 from dropforge.export.verify_merged import VerifiedMerge, verify_merged
 from dropforge.files import read_json, write_json, write_text
@@ -113,6 +114,22 @@ class Stage:
     def ollama_template(self) -> OllamaTemplate:
         return ollama_template(self.tokenizer)
 
+    def has(self, name: str) -> bool:
+        """Whether the product of this name (base, merged, base gguf ...) has been made."""
+        return name in self._results and not isinstance(self._results[name], DropforgeError)
+
+    @property
+    def base(self) -> BaseWeights:
+        """The 16-bit weights the adapter belongs onto."""
+        request = self.request
+        result: BaseWeights = self._once(
+            "base",
+            lambda: base_weights(
+                request.base_path, originals=request.originals, work=request.work / "base-16-bit", log=self.log
+            ),
+        )
+        return result
+
     @property
     def merged(self) -> Merged:
         result: Merged = self._once("merged", self._merge)
@@ -173,13 +190,14 @@ class Stage:
         request = self.request
         folder = _fresh(request.work / "merged")
         self.log("merging the trained weights into 16-bit weights")
-        report = merge(request.full or request.base_path, request.adapter, folder)
+        base = request.base_path if request.full else self.base.folder
+        report = merge(request.full or base, request.adapter, folder)
         repairs = write_tokenizer(request.tokenizer, folder, base=request.base_path)
         end = self.tokenizer.convert_tokens_to_ids(self.end_token) if self.end_token else None
-        _end_generation(folder, end)
+        end_generation(folder, end)
         self.log("comparing the merged weights with the trained model")
         verified: VerifiedMerge = verify_merged(
-            folder, base=request.base_path, adapter=request.adapter, full=request.full, prompts=self.prompts(),
+            folder, base=base, adapter=request.adapter, full=request.full, prompts=self.prompts(),
             stop=end, judged=self.judged(),
         )  # fmt: skip
         checks = {**asdict(report), **verified.checks, "repairs": repairs}
@@ -272,16 +290,3 @@ def _fresh(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
-
-
-def _end_generation(folder: Path, end: int | None) -> None:
-    """Make generate() stop at the turn's end token too; base models often name only their document end."""
-    if end is None:
-        return
-    path = folder / "generation_config.json"
-    config = read_json(path) if path.exists() else {}
-    known = config.get("eos_token_id")
-    ids = known if isinstance(known, list) else [] if known is None else [known]
-    if end not in ids:
-        config["eos_token_id"] = [end, *ids] if ids else end
-    write_json(path, config)

@@ -131,3 +131,16 @@ def _token_id(token: Any, definition: dict[str, Any]) -> int:
 def set_eos(config_path: Path, token: str) -> None:
     """Name the end token in a tokenizer_config.json."""
     write_json(config_path, {**read_json(config_path), "eos_token": token})
+
+
+def end_generation(folder: Path, end: int | None) -> None:
+    """Make generate() stop at the turn's end token too; base models often name only their document end."""
+    if end is None:
+        return
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.exists() else {}
+    known = config.get("eos_token_id")
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in ids:
+        config["eos_token_id"] = [end, *ids] if ids else end
+    write_json(path, config)

@@ -17,7 +17,6 @@ LOG = logging.getLogger("dropforge")
 # Families trained in bf16 whose activations or residual stream pass 65504, the largest fp16 number.
 FP16_OVERFLOW = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text",
                  "gpt_oss", "glm4_moe", "qwen3_moe", "qwen3_5", "qwen3_5_text", "qwen3_5_moe")  # fmt: skip
-SPREAD = 0.1
 _TINY = 1e-16
 _SHOWN = 5
 _ROWS = 16384
@@ -79,16 +78,16 @@ def look_for_untrained(model: Any, state: ModelState) -> None:
 
 
 def fix_untrained_tokens(model: Any, tokenizer: Any = None) -> list[int]:
-    """Put every untrained row of the embedding, and of the head, near the mean of the trained rows. Returns the ids.
+    """Draw every untrained row of the embedding, and of the head, anew. Returns the ids of the tokens.
 
-    The mean keeps a new token inside the distribution that the model knows (Hewitt 2021); a tenth of the rows' spread,
-    drawn from a fixed seed, tells the tokens apart, which frozen rows that are equal never could. Call it before
-    training.
+    They come from the distribution of the trained rows (dropforge.models.drawn_rows), from a fixed seed, so that the
+    model can tell the tokens apart and an adapter can learn to write them. Call it before training.
     model: loaded by FastLanguageModel or FastModel. Raises CommandError api-not-loaded.
     """
     import torch
 
     from dropforge.fast.state import needed_state
+    from dropforge.models.drawn_rows import drawn_rows
 
     state = needed_state(model)
     rows = sorted(state.untrained)
@@ -101,22 +100,12 @@ def fix_untrained_tokens(model: Any, tokenizer: Any = None) -> list[int]:
             known = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
             known[index] = False
             known[len(tokenizer or state.tokenizer) :] = False  # rows of padding behind the vocabulary
-            weight[index] = _near_the_mean(weight[known], len(rows)).to(weight.dtype)
+            weight[index] = drawn_rows(weight[known], len(rows)).to(weight.dtype)
     state.untrained = frozenset()
-    line = f"{len(rows)} untrained token embeddings were set near the mean of the others"
+    line = f"{len(rows)} untrained token embeddings were drawn from the distribution of the others"
     state.repairs.append(line)
     LOG.warning("%s", line)
     return rows
-
-
-def _near_the_mean(trained: torch.Tensor, count: int) -> torch.Tensor:
-    """(count, H) fp32 rows: the mean of the (n, H) trained ones and a tenth of their spread per column."""
-    import torch
-
-    spread, mean = torch.std_mean(trained.float(), dim=0)
-    generator = torch.Generator(device=trained.device).manual_seed(0)
-    noise = torch.randn(count, trained.shape[1], generator=generator, device=trained.device)
-    return mean + SPREAD * spread * noise
 
 
 def _tables(model: Any) -> list[Any]:

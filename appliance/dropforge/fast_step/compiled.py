@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 BACKEND: str | Callable[..., Any] = "inductor"
@@ -38,7 +39,7 @@ class LayerCompiler:
         for layer in self.layers:
             # The first shape gets code of its own; from the second on lengths are variables, so that a handful of
             # bucket sizes does not mean as many compilations.
-            layer.compile(backend=self.backend)
+            layer._compiled_call_impl = torch.compile(layer._call_impl, backend=self.backend)
         self.on = True
         return True
 

@@ -132,6 +132,8 @@ def _install(source: Path, built: Path, target: Path, *, scratch: Path) -> None:
     (scratch / "convert").mkdir()
     for name in TARGETS:
         shutil.copy2(built / name, scratch / "bin" / name)
+    for library in built.glob("lib*.so*"):  # none in the standard build; versions are links to one file
+        shutil.copy2(library, scratch / "bin" / library.name, follow_symlinks=False)
     for name in CONVERTER_PARTS:
         origin = source / name
         if origin.is_dir():

@@ -56,12 +56,13 @@ class Buckets:
         bound = SHORTEST_BOUND if size > SMALL else size
         while bound < max(longest, -(-(size - tokens) // PADDING_DOCUMENTS)):
             bound *= 4
-        quarter = -(-size // 4)
+        # Of small buckets a training meets few: each number more is a graph that hardly anybody replays.
+        part = -(-size // (4 if size > SMALL else 2))
         return BucketShape(
             tokens=size,
             documents=slots,
             longest=min(bound, size),
-            counted=min(size, max(1, -(-counted // quarter)) * quarter),
+            counted=min(size, max(1, -(-counted // part)) * part),
         )
 
     def _size(self, tokens: int, documents: int) -> tuple[int, int]:

@@ -9,6 +9,9 @@
     measure      times one shape
     parity       loss and adapter gradients against fp32
     longest      the longest sequence that trains on a card of a given size
+    slices       bf16 gradients of two layers against fp32, every policy and PEFT
+    products     the matrix products of LoRA alone
+    side_files   writes the CSVs of these two
     breakdown    where the time of one step goes
     records      the rows and the CSV
     page         text table and plot made from the CSV

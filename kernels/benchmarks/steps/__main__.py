@@ -4,7 +4,10 @@
     parity    the parity checks alone
     longest   the longest sequence on a card of --card-gib GiB
     profile   where the time of a step goes, one text file per engine and shape
+    slices    bf16 gradients of two layers against fp32, every policy (a CSV of its own)
+    products  the matrix products of LoRA alone (a CSV of its own)
     table     the CSV as text         page    the documentation page         plot    a PNG beside the CSV
+    publish   both of these, into their places
 
 Order: weights, then rounds, then engines, so that --engines ours,unsloth --rounds 3 runs A-B-A-B-A-B. ``--limit-s``
 bounds the whole command: shapes that no longer fit are left out, and what was measured is kept.
@@ -36,8 +39,23 @@ def parser() -> argparse.ArgumentParser:
         "steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="engines: " + "; ".join(f"{name}: {text}" for name, text in ENGINES.items()),
     )  # fmt: skip
-    made.add_argument("command", choices=("run", "parity", "longest", "profile", "table", "page", "plot", "child"))
-    made.add_argument("csv", nargs="?", type=Path, help="for table, page and plot")
+    made.add_argument(
+        "command",
+        choices=(
+            "run",
+            "parity",
+            "longest",
+            "profile",
+            "slices",
+            "products",
+            "table",
+            "page",
+            "plot",
+            "publish",
+            "child",
+        ),
+    )
+    made.add_argument("csv", nargs="?", type=Path, help="for table, page, plot and publish")
     made.add_argument("--engines", default="ours,ours:equal,unsloth,liger,hf,ours")
     made.add_argument("--weights", default="nf4,bf16")
     made.add_argument("--shapes", default="", help=f"batch x length; default {SHAPES}")
@@ -127,7 +145,12 @@ def main() -> None:
 
         child.main(args)
         return
-    made = {"table": page.table, "page": report.page, "plot": page.plot}.get(args.command)
+    if args.command in ("slices", "products"):
+        from importlib import import_module
+
+        import_module(f"steps.{args.command}").main(args)
+        return
+    made = {"table": page.table, "page": report.page, "plot": page.plot, "publish": report.publish}.get(args.command)
     if made is not None:
         print(made(args.csv or args.out))
         return

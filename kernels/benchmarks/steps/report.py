@@ -8,9 +8,10 @@ from itertools import product
 from pathlib import Path
 
 from steps.models import ENGINES
-from steps.page import Key, cell, speed, steps_of, typical
+from steps.page import Key, cell, plot, speed, steps_of, typical
 from steps.records import read
 
+DOCS, PAGE = Path(__file__).parents[3] / "docs", "reference/engine-speed.md"
 NOTES = "steps-notes.md"
 """Beside the CSV, written by hand: for every missed row what the profile shows and what to try next."""
 
@@ -55,7 +56,7 @@ def page(path: Path) -> str:
     peers = ", ".join(dict.fromkeys(row["peer"] for row in rows if row.get("peer")))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines = [
-        "<!-- Generated from the CSV by `python -m steps page`; change kernels/benchmarks/steps or the notes. -->",
+        "<!-- Generated from the CSV by `python -m steps publish`; change kernels/benchmarks/steps or the notes. -->",
         "# Engine: speed and memory of whole training steps",
         "",
         f"{first['gpu']}, {versions}, {peers}; commit {commits}. Random weights of the shape of {first['model']} "
@@ -86,6 +87,17 @@ def page(path: Path) -> str:
     if notes.exists():
         lines += ["", notes.read_text().rstrip()]
     return "\n".join(lines)
+
+
+def publish(path: Path) -> str:
+    """Writes the page into docs/, and the plot where matplotlib is installed. Returns what was written."""
+    target = DOCS / PAGE
+    target.write_text(page(path) + "\n")
+    try:
+        made = f" and {plot(path)}"
+    except ModuleNotFoundError:
+        made = "; no plot: matplotlib is not installed"
+    return f"{target}{made}"
 
 
 def _names(rows: list[dict[str, str]]) -> list[str]:

@@ -92,11 +92,12 @@ def pending(parts: Iterable[str], done: Iterable[Path]) -> Iterator[Run]:
 
     Raises KeyError for a part that does not exist.
     """
-    have: Counter[tuple[str, str, str]] = Counter()
+    rows: set[tuple[tuple[str, str], ...]] = set()  # a row may stand in several copies of a file
     for path in done:
         if path.exists():
             with path.open(newline="") as file:
-                have.update((r["engine"], r["model"], r["data"]) for r in csv.DictReader(file) if r["status"] == "ok")
+                rows |= {tuple(row.items()) for row in csv.DictReader(file) if row["status"] == "ok"}
+    have = Counter((row["engine"], row["model"], row["data"]) for row in map(dict, rows))
     for run in (run for part in parts for run in PARTS[part]):
         if have[run.key] > 0:
             have[run.key] -= 1

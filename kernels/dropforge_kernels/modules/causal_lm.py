@@ -56,8 +56,16 @@ class Decoder:
     ) -> None:
         """What each layer keeps, from the next forward on.
 
-        Raises ValueError for a list of another length, and for OFFLOAD without a store.
+        policies: of ``Keep``, or their texts. Raises ValueError for an unknown text, a list of another length, a tile
+        of less than one row, and for those that keep something on the host without a store.
         """
+        known = [str(keep) for keep in Keep]
+        unknown = [policy for policy in policies if str(policy) not in known]
+        if unknown:
+            raise ValueError(f"policies must be of {', '.join(known)}; received {unknown[0]!r}")
+        policies = [Keep(policy) for policy in policies]
+        if mlp_tile is not None and mlp_tile < 1:
+            raise ValueError(f"mlp_tile must be at least one row, or None for all; received {mlp_tile}")
         if len(policies) != len(self.layers):
             raise ValueError(f"policies must have {len(self.layers)} entries, one per layer; received {len(policies)}")
         if store is None and any(keep.on_host for keep in policies):

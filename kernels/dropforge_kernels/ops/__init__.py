@@ -29,6 +29,7 @@ from dropforge_kernels.ops.packed_attention import document_bounds as document_b
 from dropforge_kernels.ops.packed_attention import packed_attention as packed_attention
 from dropforge_kernels.ops.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.ops.qk_norm import qk_norm_rope as qk_norm_rope
+from dropforge_kernels.ops.relu_squared import relu_squared as relu_squared
 from dropforge_kernels.ops.rms_norm import add_rms_norm as add_rms_norm
 from dropforge_kernels.ops.rms_norm import rms_norm as rms_norm
 from dropforge_kernels.ops.rope import rope as rope

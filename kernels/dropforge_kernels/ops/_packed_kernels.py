@@ -52,7 +52,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of queries of one head: out and log2-sum-exp2 of its scores."""
     first = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)  # heads may lie further than 2^31 elements apart
     kv_head = head // GROUP
     row = first + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + row, mask=row < T, other=0)
@@ -93,7 +93,7 @@ def query_kernel(
 ):  # fmt: skip
     """One tile of queries of one head: dq, and delta = sum of dout * out, which ``key_kernel`` reads."""
     first = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     kv_head = head // GROUP
     row = first + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + row, mask=row < T, other=0)
@@ -139,8 +139,8 @@ def key_kernel(
     end = tl.load(end_ptr + last)
     if WINDOW:
         end = tl.minimum(end, last + window)
-    k = _load(k_ptr + kv_head * k_head, col, k_token, T, D, BLOCK_D)
-    v = _load(v_ptr + kv_head * v_head, col, v_token, T, D, BLOCK_D)
+    k = _load(k_ptr + kv_head.to(tl.int64) * k_head, col, k_token, T, D, BLOCK_D)
+    v = _load(v_ptr + kv_head.to(tl.int64) * v_head, col, v_token, T, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     begin = first // BLOCK_M * BLOCK_M
@@ -151,13 +151,13 @@ def key_kernel(
         start = tl.load(start_ptr + row, mask=row < T, other=T)
         if WINDOW:
             start = tl.maximum(start, row - window + 1)
-        q = _load(q_ptr + head * q_head, row, q_token, T, D, BLOCK_D)
+        q = _load(q_ptr + head.to(tl.int64) * q_head, row, q_token, T, D, BLOCK_D)
         lse = tl.load(lse_ptr + head * T + row, mask=row < T, other=float("inf"))
         product = tl.dot(k, tl.trans(q), input_precision="ieee" if IEEE else "tf32")
         score, ratio = _scores(product, scale, softcap, CAP)
         seen = (col[:, None] >= start[None, :]) & (col[:, None] <= row[None, :])
         p = tl.where(seen, tl.exp2(score - lse[None, :]), 0.0)
-        dout = _load(dout_ptr + head * dout_head, row, dout_token, T, D, BLOCK_D)
+        dout = _load(dout_ptr + head.to(tl.int64) * dout_head, row, dout_token, T, D, BLOCK_D)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee" if IEEE else "tf32")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee" if IEEE else "tf32")
         delta = tl.load(delta_ptr + head * T + row, mask=row < T, other=0.0)
@@ -165,5 +165,5 @@ def key_kernel(
         if CAP:
             ds = ds * (1.0 - ratio * ratio)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee" if IEEE else "tf32")
-    _store(dk_ptr + kv_head * dk_head, col, dk_token, dk * scale, T, D, BLOCK_D)
-    _store(dv_ptr + kv_head * dv_head, col, dv_token, dv, T, D, BLOCK_D)
+    _store(dk_ptr + kv_head.to(tl.int64) * dk_head, col, dk_token, dk * scale, T, D, BLOCK_D)
+    _store(dv_ptr + kv_head.to(tl.int64) * dv_head, col, dv_token, dv, T, D, BLOCK_D)

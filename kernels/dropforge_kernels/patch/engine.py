@@ -50,12 +50,19 @@ class Engine:
     """Whether ``set_policies`` has decided what each layer keeps."""
     declined: dict[str, int] = field(default_factory=dict)
     """Why training forwards took the model's own path, and how many did."""
+    warned: set[str] = field(default_factory=set)
 
     def decline(self, reason: str) -> None:
         """Count a forward that is not the engine's; a new reason is logged, because the step is slower from then on."""
         if reason not in self.declined:
             LOG.warning("the hand-written layers stand aside: %s", reason)
         self.declined[reason] = self.declined.get(reason, 0) + 1
+
+    def warn(self, about: str, text: str) -> None:
+        """Log ``text`` once for the life of the engine."""
+        if about not in self.warned:
+            self.warned.add(about)
+            LOG.warning("%s", text)
 
     def set_policies(
         self, policies: Sequence[Keep], *, mlp_tile: int | None = None, store: HostStore | None = None

@@ -25,7 +25,10 @@ KNOWN = {
 
 
 def final_hidden(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """The normed hidden states (B, S, H) for a training forward, or None when this call is not the engine's."""
+    """The normed hidden states (B, S, H) for a training forward, or None when this call is not the engine's.
+
+    Raises ValueError: a mask or positions of another shape than the tokens.
+    """
     reason = _not_ours(inputs) or engine.obstacle()
     if reason is not None:
         engine.decline(reason)
@@ -40,13 +43,41 @@ def final_hidden(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor | None:
         embeds = inner.embed_tokens(inputs["input_ids"])
     factor = engine.layout.embedding_factor(inner.config)
     shape = embeds.shape
+    _check_length(engine, inputs, shape[1])
+    check_shape("attention_mask", inputs.get("attention_mask"), shape[:2])
+    check_shape("position_ids", inputs.get("position_ids"), shape[:2], shared=True)
     flat = embeds.reshape(-1, shape[-1])
     with torch.autocast(flat.device.type, enabled=False):
         batch, kept = _batch(inputs, flat if factor == 1.0 else flat * factor, shape[:2])
+        if batch.embeds.shape[0] == 0:
+            engine.decline("the batch has no token")
+            return None
         hidden = inner.norm(engine.decoder.hidden(batch))
         if kept is not None:
             hidden = hidden.new_zeros(flat.shape[0], shape[-1]).index_copy(0, kept, hidden)
     return hidden.view(shape)
+
+
+def _check_length(engine: Engine, inputs: dict[str, Any], length: int) -> None:
+    """A word about rows that run on beyond what the model knows; packed rows are as long as they like."""
+    limit = getattr(engine.inner.config, "max_position_embeddings", None)
+    counted = inputs.get("cu_seq_lens_q") is None and inputs.get("position_ids") is None
+    if limit is not None and length > limit and counted:
+        engine.warn(
+            "length",
+            f"input_ids: rows of {length:,} tokens, but this model knows {limit:,} positions; those it never saw come "
+            f"out as noise: load it with rope_scaling, or train on shorter rows",
+        )
+
+
+def check_shape(name: str, given: Any, shape: torch.Size, *, shared: bool = False) -> None:
+    """Raises ValueError when the argument ``name`` is not (B, S), or (1, S) if ``shared``."""
+    if given is None or given.shape == shape or (shared and given.shape == (1, shape[1])):
+        return
+    raise ValueError(
+        f"{name} must have the shape of input_ids, {tuple(shape)}; received {tuple(given.shape)}: give both from one "
+        f"tokenised batch"
+    )
 
 
 def _not_ours(inputs: dict[str, Any]) -> str | None:
@@ -69,12 +100,12 @@ def _batch(inputs: dict[str, Any], embeds: torch.Tensor, shape: torch.Size) -> t
     rows, length = shape
     positions = inputs.get("position_ids")
     cu_seqlens, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
-    if cu_seqlens is not None:
-        return Batch(embeds=embeds, positions=positions.reshape(1, -1), rows=1, cu_seqlens=cu_seqlens), None
     given = positions is not None
     if positions is None:
-        positions = torch.arange(length, device=embeds.device).expand(rows, -1)
+        positions = torch.arange(length, device=embeds.device)[None]
     positions = positions.expand(rows, -1).reshape(-1)
+    if cu_seqlens is not None:
+        return Batch(embeds=embeds, positions=positions[None], rows=1, cu_seqlens=cu_seqlens), None
     kept = None
     if mask is not None and not bool(mask.all()):
         kept = mask.reshape(-1).nonzero().flatten()

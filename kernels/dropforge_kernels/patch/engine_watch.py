@@ -31,7 +31,7 @@ class Watch:
     layers: tuple[nn.Module, ...]
     places: tuple[Place, ...]
     frozen: tuple[nn.Parameter, ...]
-    """The layers' parameters that must not be trained."""
+    """The layers' own parameters, which must not be trained."""
     pointers: tuple[tuple[nn.Parameter, int], ...]
     """The matrices and where they were: a model that was moved meanwhile must not be trained from old memory."""
 
@@ -48,7 +48,7 @@ class Watch:
             holder=holder,
             layers=layers,
             places=tuple(places),
-            frozen=tuple(p for layer in layers for p in layer.parameters() if not p.requires_grad),
+            frozen=tuple(p for layer in layers for name, p in layer.named_parameters() if "lora_" not in name),
             pointers=tuple((p, p.data_ptr()) for p in matrices),
         )
 

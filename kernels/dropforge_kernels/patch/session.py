@@ -99,6 +99,11 @@ def open_session(
     """
     if policy not in POLICIES:
         raise PatchError(f"policy must be one of {', '.join(POLICIES)}; received {policy!r}")
+    if not isinstance(model, nn.Module):
+        raise PatchError(
+            f"model must be a loaded model (torch.nn.Module); received {type(model).__name__}: load it first, for "
+            f"instance with transformers' AutoModelForCausalLM.from_pretrained"
+        )
     family = model_family(model)
     report = PatchReport(family=family, policy=policy)
     session = Session(report)
@@ -148,7 +153,7 @@ def patched(model: nn.Module, *, names: Iterable[str] | None = None, policy: str
     Yields the report. While a fused loss is in, a training forward with labels returns ``logits=None``; evaluation and
     calls without labels compute them as always.
 
-    Raises PatchError: unknown policy or name; two patches that claim one module; a skip under "required".
+    Raises PatchError: not a model; unknown policy or name; two patches that claim one module; a skip under "required".
     """
     session = open_session(model, names=names, policy=policy)
     try:

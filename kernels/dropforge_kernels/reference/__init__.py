@@ -25,6 +25,7 @@ from dropforge_kernels.reference.nf4_group import nf4_dequantize_group as nf4_de
 from dropforge_kernels.reference.packed_attention import packed_attention as packed_attention
 from dropforge_kernels.reference.qk_norm import qk_norm as qk_norm
 from dropforge_kernels.reference.qk_norm import qk_norm_rope as qk_norm_rope
+from dropforge_kernels.reference.relu_squared import relu_squared as relu_squared
 from dropforge_kernels.reference.rms_norm import add_rms_norm as add_rms_norm
 from dropforge_kernels.reference.rms_norm import rms_norm as rms_norm
 from dropforge_kernels.reference.rope import rope as rope

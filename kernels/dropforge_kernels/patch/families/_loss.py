@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from dropforge_kernels.ops import linear_cross_entropy
 from dropforge_kernels.patch.engine import Engine
-from dropforge_kernels.patch.engine_call import final_hidden
+from dropforge_kernels.patch.engine_call import check_shape, final_hidden
 from dropforge_kernels.patch.spec import Forward
 
 LogitOptions = Callable[[Any], dict[str, float]]
@@ -83,6 +83,7 @@ def fused_loss(options: LogitOptions = no_options) -> Callable[[Forward], Forwar
                 hidden = outputs.last_hidden_state
             if targets is None:
                 assert labels is not None
+                check_shape("labels", labels, hidden.shape[:-1])
                 targets = shift(labels, ignore_index=ignore)
             # A trained copy of the head is fp32; outside autocast it meets hidden states of the compute dtype.
             weight = self.lm_head.weight
