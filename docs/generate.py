@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,90 @@ def states_page() -> str:
     return page()
 
 
+# Where a name is imported from -> the names whose signature and docstring the page shows.
+PYTHON_API = {
+    "dropforge": (
+        "FastLanguageModel.from_pretrained", "FastLanguageModel.get_peft_model", "FastLanguageModel.for_training",
+        "FastLanguageModel.for_inference", "FastModel.from_pretrained", "model_report", "add_new_tokens",
+        "fix_untrained_tokens", "scale_adapter", "average_models", "average_weights", "is_bfloat16_supported",
+    ),
+    "dropforge.trainers": ("SFTTrainer", "SFTConfig", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer",
+                           "Trainer", "TrainingArguments", "FastOptions"),
+    "dropforge.chat_templates": ("get_chat_template", "standardize_sharegpt", "to_sharegpt", "apply_chat_template",
+                                 "train_on_responses_only"),
+    "dropforge.fast.saving": ("save_pretrained_merged", "save_pretrained_gguf"),
+    "dropforge.fast.pushing": ("push_to_hub_merged", "push_to_hub_gguf"),
+    "dropforge_kernels.patch.session": ("patched",),
+}  # fmt: skip
+PYTHON_INTRODUCTION = """\
+What each call takes, with its defaults, from the code itself. How they work together: [guide](../guides/python-api.md).
+"""
+METHODS = ("dropforge.fast.saving", "dropforge.fast.pushing")
+
+
+def python_api_page() -> str:
+    """docs/reference/python-api.md: every public function of the Python API with its arguments and their defaults."""
+    import importlib
+
+    parts = [NOTE, "# The Python API\n", PYTHON_INTRODUCTION]
+    for module, names in PYTHON_API.items():
+        title = "Methods of a loaded model" if module in METHODS else f"`from {module} import ...`"
+        if f"## {title}\n" not in parts:
+            parts.append(f"## {title}\n")
+        for name in names:
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+            parts.append(_callable(f"model.{name}" if module in METHODS else name, found))
+    return "\n".join([*parts, _extras_table()])
+
+
+def _callable(name: str, found: Any) -> str:
+    """Heading, signature and docstring. Classes whose arguments are another library's show their docstring alone."""
+    lines = [f"### {name}\n"]
+    own = not isinstance(found, type) or "__init__" in vars(found)
+    if own:
+        parameters = [p for p in inspect.signature(found).parameters.values() if p.name != "self"]
+        lines += ["```python", f"{name}(", *_parameters(parameters), ")", "```", ""]
+    lines += [inspect.getdoc(found) or "", ""]
+    text = "\n".join(lines)
+    # Lists of arguments keep their lines.
+    return re.sub(r"^(Args|Raises|Returns):$", r"\1:\n", text, flags=re.MULTILINE)
+
+
+def _parameters(parameters: list[inspect.Parameter]) -> list[str]:
+    lines, starred = [], False
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
+            lines.append("    *,")
+            starred = True
+        stars = "**" if parameter.kind is inspect.Parameter.VAR_KEYWORD else ""
+        kind = "" if parameter.annotation is inspect.Parameter.empty else f": {parameter.annotation}"
+        default = "" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"    {stars}{parameter.name}{kind}{default},")
+    return lines
+
+
+def _extras_table() -> str:
+    """Further arguments that scripts bring along."""
+    from dropforge.fast.extras import ADAPTER, LOADING
+    from dropforge.trainer_arguments import RENAMED, WITHOUT_EFFECT
+
+    lines = ["## Arguments of other libraries and releases\n", "Scripts written elsewhere give these too.\n",
+             "| argument | of | here |", "|---|---|---|"]  # fmt: skip
+    for function, table in (("from_pretrained", LOADING), ("get_peft_model", ADAPTER)):
+        for name, extra in sorted(table.items()):
+            what = (
+                f"refused unless it is off: {extra.refuse}" if extra.refuse else f"no effect, and logged: {extra.note}"
+            )
+            lines.append(f"| `{name}` | `{function}` | {what} |")
+    lines += [f"| `{old}` | configs | means `{new}` |" for old, new in sorted(RENAMED.items())]
+    lines += [f"| `{name}` | configs | no effect, and logged: {why} |" for name, why in sorted(WITHOUT_EFFECT.items())]
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
+    "docs/reference/python-api.md": python_api_page,
     "docs/reference/spec.md": spec_page,
     "docs/reference/cli.md": cli_page,
     "docs/reference/environment.md": environment_page,

@@ -40,8 +40,21 @@ _LAZY = {
 }
 
 
+# Names that scripts written elsewhere import: what to do instead.
+_ELSEWHERE = {
+    "FastVisionModel": "vision models are not trained in this release",
+    "FastSentenceTransformer": "embedding models are not trained in this release",
+    "FastDiffusionModel": "diffusion models are not trained in this release",
+    "PatchFastRL": "online reinforcement learning is not in this release",
+    "UnslothTrainer": "import DropforgeTrainer",
+    "UnslothTrainingArguments": "import DropforgeTrainingArguments",
+}
+
+
 def __getattr__(name: str) -> Any:
     """The names of the Python API, imported when they are first used."""
+    if name in _ELSEWHERE:
+        raise ImportError(f"dropforge has no {name}: {_ELSEWHERE[name]} (docs/guides/porting.md)")
     if name not in _LAZY:
         raise AttributeError(f"module 'dropforge' has no attribute {name!r}")
     import importlib

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from dropforge.data.responses import Markers, find_markers
+from dropforge.data.responses import Markers, find_markers, given_markers
 from dropforge.data.responses import response_labels as _response_labels
 from dropforge.data.sharegpt import ASSISTANT, INSPECTED_ROWS, SYSTEM, USER, TurnKeys, merge_columns
 from dropforge.errors import CommandError, DataError
@@ -39,6 +39,7 @@ def get_chat_template(
     mapping: Mapping[str, str] | None = None,
     map_eos_token: bool = True,
     system_message: str | None = None,
+    patch_saving: bool = True,
 ) -> PreTrainedTokenizerBase:
     """The same tokenizer with another chat template.
 
@@ -51,6 +52,8 @@ def get_chat_template(
             "user": "human", "assistant": "gpt"}. The usual names keep working.
         map_eos_token: make the marker that ends an answer the tokenizer's end token.
         system_message: text for conversations without a system turn, in place of the template's own.
+        patch_saving: taken for scripts that pass it. Template and end token are part of the tokenizer and are saved
+            with it in any case.
 
     Raises DataError template-unknown, template-invalid.
     """
@@ -142,15 +145,24 @@ def apply_chat_template(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str,
     default_system_message: str | None = None,
+    extra_eos_tokens: Sequence[str] | None = None,
 ) -> Dataset:
     """The data set with a column `text`: its conversations written with a template given as an example.
 
     `chat_template` holds {INPUT} and {OUTPUT} (once, or twice to show how turns follow each other) and perhaps
     {SYSTEM}. The tokenizer keeps the template, so that what is exported chats in the same way.
 
+    An answer ends with the special token that stands behind {OUTPUT}, else with the tokenizer's end token, which is
+    then written there. `extra_eos_tokens` are tokens of the vocabulary that may stand there too though they are not
+    special; the one that does becomes the end token.
+
     Raises DataError template-invalid, api-sharegpt (no column `conversations` or `messages`).
     """
-    get_chat_template(tokenizer, chat_template, system_message=default_system_message)
+    from dropforge.models.tokenizer import use_template
+
+    also = {"extra_ends": tuple(extra_eos_tokens)} if extra_eos_tokens else {}
+    for repair in use_template(tokenizer, chat_template, system=default_system_message, **also):
+        LOG.info("tokenizer: %s", repair)
     column = next((name for name in ("conversations", "messages") if name in dataset.column_names), "conversations")
     rows = standardize_sharegpt(dataset, column=column)
 
@@ -165,12 +177,12 @@ def train_on_responses_only(
     trainer: Any,
     instruction_part: str | None = None,
     response_part: str | None = None,
-    *,
+    force_match: bool = True,
     tokenizer: Any = None,
     return_function: bool = False,
     num_proc: int | None = None,
     last_response_only: bool = False,
-    mask_out_tokens: Sequence[int | str] = (),
+    mask_out_tokens: Sequence[int | str] | None = None,
 ) -> Any:
     """Set every label to -100 that is not inside an answer, in the trainer's data sets. Returns the trainer.
 
@@ -181,6 +193,8 @@ def train_on_responses_only(
     are dropped and counted.
 
     Args:
+        force_match: markers must stand in the row as they are given. False: blanks and line breaks around them may
+            differ or be missing; those behind `response_part` are still not learnt.
         tokenizer: default: the trainer's.
         return_function: return the function rows -> {"labels"} instead; `trainer` may then be None.
         num_proc: processes that mask rows.
@@ -204,8 +218,8 @@ def train_on_responses_only(
     if response_part is None:
         markers = find_markers(tokenizer)
     else:
-        markers = Markers(response=response_part, instruction=instruction_part)
-    ids = {t if isinstance(t, int) else tokenizer.convert_tokens_to_ids(t) for t in mask_out_tokens}
+        markers = given_markers(str(instruction_part), response_part, exact=force_match)
+    ids = {t if isinstance(t, int) else tokenizer.convert_tokens_to_ids(t) for t in mask_out_tokens or ()}
 
     def label(row: dict[str, Any]) -> dict[str, Any]:
         found = _response_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dropforge import __version__
@@ -69,14 +70,20 @@ def _header(source: ModelSource, *, relation: str, license_name: str) -> list[st
 
 
 def _engine(engine: dict[str, Any] | None) -> list[str]:
-    """How the training ran, where the fast step did it."""
-    if not engine or not engine["buckets"]:
+    """How the training ran, where the fast step did it, or why it did not."""
+    if not engine:
         return []
+    if not engine["buckets"]:
+        return [f"| training step | {engine['notes'][0]} |"] if engine["notes"] else []
     captured = sum(bucket["way"] == "captured" for bucket in engine["buckets"])
+    others = Counter(
+        f"{bucket['way']}: {bucket['reason']}" for bucket in engine["buckets"] if bucket["way"] != "captured"
+    )
+    reasons = "".join(f"; {count} {text}" for text, count in others.items())
     return [
         f"| packing | {engine['packing']} |",
-        f"| training step | {captured} of {len(engine['buckets'])} bucket shapes captured as CUDA graphs; "
-        f"{engine['steady_tokens_per_second']:,.0f} tokens/s |",
+        f"| training step | {captured} of {len(engine['buckets'])} bucket shapes captured as CUDA graphs{reasons} |",
+        f"| speed | {engine['steady_tokens_per_second']:,.0f} tokens/s |",
     ]
 
 

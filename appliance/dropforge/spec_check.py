@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from dropforge.errors import Problem, SpecError
+from dropforge.errors import EnvironmentFault, Problem, SpecError
 from dropforge.spec import Spec
 from dropforge.spec_file import ParsedFile, Path, parse, refuse
 
 CPU_SECONDS = 10
 MEMORY_BYTES = 1 << 30
 WALL_SECONDS = 30.0
+STARVED_SECONDS = 2.0
+"""A child that had less CPU time than this when its time was up was held up by others: it needs half a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +80,17 @@ def to_yaml(spec: Spec) -> str:
 
 
 def check_in_child(raw: bytes, *, filename: str) -> CheckedSpec:
-    """`check` in a child process with CPU, memory and wall-time limits. Raises SpecError."""
+    """`check` in a child process with CPU, memory and wall-time limits.
+
+    Raises SpecError; EnvironmentFault (spec-starved) when the machine gave the child no time: no verdict on the file.
+    """
     command = [sys.executable, "-P", "-m", "dropforge.spec_check", filename]
+    before = _cpu_of_children()
     try:
         done = subprocess.run(command, input=raw, capture_output=True, timeout=WALL_SECONDS, preexec_fn=_limit)
     except subprocess.TimeoutExpired:
+        if _cpu_of_children() - before < STARVED_SECONDS:
+            raise _starved(filename) from None
         raise _overrun(filename, f"reading it took over {WALL_SECONDS:g} s") from None
     if done.returncode != 0:
         raise _overrun(filename, f"reading it ended the reader (exit status {done.returncode})")
@@ -115,6 +123,20 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _cpu_of_children() -> float:
+    """CPU seconds of all children of this process that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _starved(filename: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        "this machine is too busy to read a spec", code="spec-starved", where=filename,
+        why=f"{WALL_SECONDS:g} s were not enough for what takes half a second of the CPU",
+        fix="nothing: it is tried again; if it stays so, see what else runs here",
+    )  # fmt: skip
 
 
 def _overrun(filename: str, why: str) -> SpecError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sized
 from typing import Any
 
 from dropforge.errors import CommandError, DataError
@@ -48,7 +49,7 @@ def check_rows(dataset: Any, config: Any, *, argument: str) -> None:
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or (config.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return
-    if len(dataset) == 0:
+    if isinstance(dataset, Sized) and len(dataset) == 0:
         raise DataError(
             f"{argument} has no rows", code="api-no-rows", where=argument, fix="look at what filter() or select() left"
         )

@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+
+def formatted(dataset: Any, formatting_func: Callable[[Any], Any], config: Any) -> Any:
+    """A data set, or each one in a dictionary, with what the function writes as its column of texts.
+
+    The function gets one row and returns its text, or in the older way gets a batch, a list per column, and returns a
+    list of texts; which of them is found out by the first row. Streams are left to TRL.
+    """
+    if isinstance(dataset, dict):
+        return {name: formatted(part, formatting_func, config) for name, part in dataset.items()}
+    columns = getattr(dataset, "column_names", None)
+    if not can_format(dataset):
+        return dataset
+    field, batched = config.dataset_text_field, isinstance(formatting_func(dataset[0]), list)
+    return dataset.map(
+        lambda rows: {field: formatting_func(rows)}, batched=batched, remove_columns=columns,
+        num_proc=config.dataset_num_proc, desc="texts",
+    )  # fmt: skip
+
+
+def can_format(dataset: Any) -> bool:
+    """Whether ``formatted`` changes this data set: it is there in full and has a row."""
+    from datasets import Dataset
+
+    return isinstance(dataset, Dataset) and len(dataset) > 0
 
 
 def prepared(dataset: Any, tokenizer: Any, config: Any) -> Any:
@@ -33,9 +59,14 @@ def answers_of(dataset: Any, tokenizer: Any, config: Any) -> Any:
         (tokens,) = tokenize_conversations(tokenizer, [rendered])
         return {"input_ids": tokens.input_ids, "labels": tokens.labels}
 
-    return dataset.map(
-        encode, with_indices=True, remove_columns=columns, num_proc=config.dataset_num_proc, desc="answers"
-    )
+    return dataset.map(encode, with_indices=True, remove_columns=columns, **_how(dataset, config, desc="answers"))
+
+
+def _how(dataset: Any, config: Any, *, desc: str) -> dict[str, Any]:
+    """Processes and the name of the progress bar, which a stream does not take."""
+    from datasets import Dataset
+
+    return {"num_proc": config.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
 
 
 def _ready(config: Any) -> bool:
@@ -57,7 +88,7 @@ def tokenised(dataset: Any, tokenizer: Any, config: Any) -> Any:
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": encode_text(row[field], tokenizer)}
 
-    return dataset.map(encode, remove_columns=columns, num_proc=config.dataset_num_proc, desc="tokens")
+    return dataset.map(encode, remove_columns=columns, **_how(dataset, config, desc="tokens"))
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:

@@ -24,7 +24,7 @@ from dropforge.trainer_arguments import OlderNames, as_config, fit_to_model, spl
 from dropforge.trainer_checks import check_rows, check_trainable
 from dropforge.trainer_fast import fast_options, own_parts
 from dropforge.trainer_records import check_same_run, find_checkpoint, write_record
-from dropforge.trainer_texts import encode_text, prepared
+from dropforge.trainer_texts import can_format, encode_text, formatted, prepared
 
 if TYPE_CHECKING:
     from dropforge.trainers_preference import CPOConfig as CPOConfig
@@ -125,6 +125,10 @@ class SFTTrainer(RunRecord, FastStepMixin, EmbeddingRateMixin, trl.SFTTrainer):
         check_trainable(model, state)
         if state is not None:
             to_training(model)
+        if formatting_func is not None and can_format(train_dataset):
+            train_dataset = formatted(train_dataset, formatting_func, config)
+            eval_dataset = formatted(eval_dataset, formatting_func, config)
+            formatting_func = None
         if formatting_func is None:
             check_rows(train_dataset, config, argument="train_dataset")
             check_rows(eval_dataset, config, argument="eval_dataset")
@@ -188,6 +192,11 @@ def _trained_values(model: Any) -> dict[str, Any]:
 
 def __getattr__(name: str) -> Any:
     """The preference trainers, imported when they are first used: some are experimental in TRL, and say so loudly."""
+    if name.endswith(("Trainer", "Config")) and not name.startswith(_PREFERENCE) and name in dir(trl):
+        raise ImportError(
+            f"dropforge.trainers has no {name} in this release; TRL's own (from trl import {name}) trains such a model "
+            "with TRL's step, and is not tested with models loaded by this library"
+        )
     if not name.startswith(_PREFERENCE):
         raise AttributeError(f"module 'dropforge.trainers' has no attribute {name!r}")
     from dropforge import trainers_preference

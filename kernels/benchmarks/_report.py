@@ -64,7 +64,11 @@ def plots(path: Path) -> list[Path]:
     (Llama-8B shapes), one of the losses (every model).
     """
     rows = [r for r in read(path) if r["status"] == "ok" and r["provider"] not in ("copy", "gemm")]
-    small = [r for r in rows if r["shape"] == SHAPE and not r["op"].startswith(("attention", "packed", *LOSSES, "nf4"))]
+    small = [
+        r
+        for r in rows
+        if r["shape"] == SHAPE and not r["op"].startswith(("attention", "packed", "steady", *LOSSES, "nf4"))
+    ]
     losses = [r for r in rows if r["op"] in LOSSES]
     return [
         _panels(path.with_suffix(".png"), small, ("op", "direction")),

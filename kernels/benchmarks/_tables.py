@@ -33,7 +33,7 @@ def _us(time: float | None) -> str:
 
 
 def _is_own_table(op: str) -> bool:
-    return op in LOSSES or op.startswith(ATTENTION) or op.startswith(("nf4", "fp8", "adamw"))
+    return op in LOSSES or op.startswith(ATTENTION) or op.startswith(("nf4", "fp8", "adamw", "steady"))
 
 
 def memory_bound(found: Cases) -> str:
@@ -62,6 +62,20 @@ def attention(found: Cases) -> str:
         share = f"{share_of(providers['ours']):.2f}"
         rows.append([op.removeprefix("attention "), direction, shape, f"{ours:,.0f}", share, each])
     return _table(["case", "direction", "shapes", "us", "share of product", "each backend, us"], rows)
+
+
+def steady(found: Cases) -> str:
+    """The share of the copy speed of operations that follow each other, beside that of copies that do."""
+    rows = []
+    for (op, direction, shape, _), providers in found.items():
+        if op.startswith("steady "):
+            ours, copies = (providers[name] for name in ("ours", "copies"))
+            cold = found[op.removeprefix("steady "), direction, shape, LARGE]["ours"]
+            each = _us((time_of(ours) or 0) / 16)
+            shares = (f"{share_of(rows_of):.2f}" for rows_of in (ours, copies, cold))
+            rows.append([op.removeprefix("steady "), direction, shape, each, *shares])
+    head = ["operation", "direction", "shapes", "us each", "share of copy", "share of copies", "share when cold"]
+    return _table(head, rows)
 
 
 def _one_operation(op: str) -> Callable[[Cases], str]:
@@ -125,7 +139,7 @@ def below(found: Cases) -> str:
     rows = []
     for (op, direction, shape, tokens), providers in found.items():
         ours = time_of(providers.get("ours"))
-        if ours is None or not providers["ours"][0]["share_of_copy"]:
+        if ours is None or not providers["ours"][0]["share_of_copy"] or op.startswith("steady"):
             continue
         large = tokens == LARGE or op.startswith(("nf4", "adamw"))
         share, copy = share_of(providers["ours"]), time_of(providers.get("copy"))
@@ -191,6 +205,7 @@ def targets(found: Cases) -> str:
 TABLES: dict[str, Callable[[Cases], str]] = {
     "memory_bound": memory_bound,
     "attention": attention,
+    "steady": steady,
     "slower": slower,
     "below": below,
     "targets": targets,

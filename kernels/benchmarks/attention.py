@@ -38,13 +38,21 @@ def flops(shape: Shape, tokens: int, document: int, window: int | None) -> int:
     return 4 * visible * shape.heads * shape.head_dim
 
 
+def with_fa4(backends: tuple[str, ...]) -> tuple[str, ...]:
+    """And FlashAttention 4 where it can run."""
+    from dropforge_kernels.ops.attention import fa4_missing
+
+    return backends if fa4_missing() else (*backends, "fa4")
+
+
 def cases(engines: frozenset[str]) -> Iterator[Case]:
     """All points; only the base process takes part."""
     if "ours" not in engines:
         return
     from dropforge_kernels import ops
 
-    for name, shape, tokens, document, options, backends in POINTS:
+    for name, shape, tokens, document, options, listed in POINTS:
+        backends = with_fa4(listed)
         torch._dynamo.reset()  # each point compiled for its own sizes, as a training run with one bucket is
         lead = (1, tokens) if document is None else (tokens,)
         tensors = [randn(*lead, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads)]

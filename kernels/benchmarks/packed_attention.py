@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 
 import torch
 from _cases import both_directions, randn
-from attention import GEMMA, LLAMA, QWEN, flops
+from attention import GEMMA, LLAMA, QWEN, flops, with_fa4
 from runner import Case, Shape
 
 TOKENS = 16384
@@ -73,7 +73,7 @@ def cases(engines: frozenset[str]) -> Iterator[Case]:
         common = {"cu_seqlens": ends, "max_seqlen": longest, "validate": False, **options}
         mask = ops.block_mask(TOKENS, device="cuda", cu_seqlens=ends, window=options.get("window"))
         providers = {"ours": partial(ops.packed_attention, bounds=bounds, **options)}
-        for backend in backends:
+        for backend in with_fa4(backends):
             extra = {"mask": mask} if backend == "flex" else {}
             providers[backend] = partial(ops.attention, backend=backend, **common, **extra)
         work = sum(flops(shape, b - a, b - a, options.get("window")) for a, b in zip(edges, edges[1:], strict=False))

@@ -131,3 +131,21 @@ def test_an_adapter_that_peft_alone_wrote_with_grown_embeddings_is_merged(tmp_pa
     changes = read_adapter(tmp_path).changes
     full = {name for name, change in changes.items() if change.replaced}
     assert full == {"lm_head", "model.embed_tokens"}
+
+
+def test_a_run_goes_on_in_a_model_that_was_loaded_from_its_checkpoint():
+    """As scripts do that name checkpoint-N both times: optimizer and schedule come from it as well."""
+    from datasets import Dataset
+    from dropforge.trainers import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_dict({"text": ["a cat", "a dog", "two cats", "three dogs"] * 2})
+    arguments = {"output_dir": "run", "report_to": "none", "save_steps": 2, "logging_steps": 1, "max_steps": 4,
+                 "per_device_train_batch_size": 2, "learning_rate": 1e-2}  # fmt: skip
+    losses = []
+    for resume in (None, "run/checkpoint-2"):
+        model, tokenizer = load(resume or "builtin:tiny-llama")
+        model = adapted(model)
+        trainer = SFTTrainer(model, SFTConfig(**arguments), tokenizer=tokenizer, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-2:])
+    assert losses[0] == losses[1]

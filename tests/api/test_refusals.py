@@ -180,7 +180,19 @@ def test_adapter_of_another_architecture(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["qkv_proj"]}))
     with pytest.raises(ModelError) as caught:
         load(str(tmp_path / "adapter"))
-    assert caught.value.code == "adapter-target-unknown"
+    problem = caught.value.problems[0]
+    assert problem.code == "adapter-target-unknown"
+    assert problem.where == "model_name: target_modules of adapter/adapter_config.json"
+    assert "another architecture" in problem.fix and "base_model_name_or_path" in problem.fix
+
+
+def test_names_that_other_libraries_have_say_what_to_do():
+    with pytest.raises(ImportError, match="import DropforgeTrainer"):
+        from dropforge import UnslothTrainer  # noqa: F401
+    with pytest.raises(ImportError, match="vision models are not trained in this release"):
+        from dropforge import FastVisionModel  # noqa: F401
+    with pytest.raises(ImportError, match="from trl import GRPOTrainer"):
+        from dropforge.trainers import GRPOTrainer  # noqa: F401
 
 
 def test_names_of_the_package():

@@ -180,3 +180,39 @@ def test_merged_model_computes_what_the_adapter_computes(parts, tmp_path):
     with pytest.raises(CommandError, match="q9_9"):
         model.save_pretrained_gguf(tmp_path / "x", tokenizer, quantization_method="q9_9")
     assert not (tmp_path / "x").exists()
+
+
+def one_text(row):
+    return f"<s>{row['q']} {row['a']}"
+
+
+def list_of_texts(rows):
+    return [f"<s>{question} {answer}" for question, answer in zip(rows["q"], rows["a"], strict=True)]
+
+
+@pytest.mark.parametrize("function", [one_text, list_of_texts])
+def test_a_function_that_writes_the_texts(parts, function):
+    """One row at a time as TRL has it, or a batch as older scripts have it; one begin and one end token either way."""
+    from datasets import Dataset
+    from dropforge.trainers import SFTConfig, SFTTrainer
+
+    model, tokenizer, _ = parts
+    rows = Dataset.from_dict({"q": ["Peru", "Japan"], "a": ["Lima", "Tokyo"]})
+    trainer = SFTTrainer(
+        model, SFTConfig(**ARGUMENTS), tokenizer=tokenizer, train_dataset=rows, eval_dataset={"same": rows},
+        formatting_func=function,
+    )  # fmt: skip
+    expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("Peru Lima", "Japan Tokyo")]
+    assert trainer.train_dataset["input_ids"][:] == trainer.eval_dataset["same"]["input_ids"][:] == expected
+    assert expected[0].count(tokenizer.bos_token_id) == 1
+
+
+def test_a_stream_of_rows_trains(parts):
+    from dropforge.trainers import SFTConfig, SFTTrainer
+
+    model, tokenizer, texts = parts
+    trainer = SFTTrainer(
+        model, SFTConfig(**ARGUMENTS), tokenizer=tokenizer, train_dataset=texts.to_iterable_dataset()
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1

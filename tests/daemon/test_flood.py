@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from daemon_harness import FAKE_RUNNER, drop, places, spec_text, ticket
+from daemon_harness import FAKE_RUNNER, Harness, drop, places, spec_text, ticket
+from dropforge import spec_check
 from dropforge.daemon import reception, spec_batch
-from dropforge.daemon.loop import Daemon, DaemonOptions
+from dropforge.daemon.loop import FAULT_SECONDS, PAGE_SECONDS, Daemon, DaemonOptions
 from dropforge.daemon.query import list_jobs
 from dropforge.daemon.queue import TicketBook, put
 from dropforge.daemon.spec_batch import SpecChecker, check_batch
@@ -78,6 +79,22 @@ def test_a_hostile_file_costs_no_other_its_verdict(monkeypatch: pytest.MonkeyPat
     assert children == [4, 2]
 
 
+def test_a_machine_that_is_too_busy_rejects_nothing(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that got no CPU time says nothing about its file: it is tried again, and STATUS.md says why."""
+    monkeypatch.setattr(spec_check, "WALL_SECONDS", 0.01)
+    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: [])
+    drop(root, "job.yaml")
+    drop(root, "other.yaml", spec_text("other"))
+    with Harness(root, check=check_in_child) as harness:
+        harness.tick(0.1, times=5)
+        harness.tick(PAGE_SECONDS)
+        assert not any(root.rejected.iterdir())
+        assert "too busy" in root.status_page.read_text()
+        monkeypatch.setattr(spec_check, "WALL_SECONDS", 60.0)
+        harness.tick(FAULT_SECONDS + 1, times=2)
+        assert len(places(root).get("queue", []) + places(root).get("running", [])) == 2
+
+
 def test_verdicts_made_ahead_are_used_and_others_are_made_when_asked(children: list[int]) -> None:
     checker = SpecChecker()
     checker.ahead([(GOOD, "a.yaml"), (BAD, "b.yaml")])
@@ -109,6 +126,27 @@ def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_w
             now += 0.1
             daemon.tick(now)
         assert list(root.inbox.glob("*.yaml")) == []
+
+
+def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every child takes longer than a look may last; what it found is used all the same."""
+    now, asked = [0.0], []
+
+    def slow(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+        asked.append(len(specs))
+        now[0] += 5.0
+        return [spec_check.answer(raw, filename=name) for raw, name in specs]
+
+    monkeypatch.setattr(spec_batch, "_ask_child", slow)
+    for number in range(140):
+        drop(root, f"{number:03}.yaml", bad_text(number))
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: now[0]) as daemon:
+        for _ in range(12):
+            now[0] += 0.1
+            daemon.tick(now[0])
+        assert asked == [50, 50, 40]
+        assert len(list(root.rejected.iterdir())) > 100
 
 
 def test_a_look_at_10_000_files_is_fast(root: DataRoot) -> None:

@@ -28,14 +28,14 @@ def test_jobs_are_listed_in_order_with_their_status(root: DataRoot) -> None:
     (root.inbox / "bad.yaml").write_text("x")
     error = SpecError.of([Problem(code="spec-x", what="it is bad")])
     reject(root, "bad.yaml", error, job_id="000003-bad-00000003", crash=ignore)
-    jobs = list_jobs(root)
+    jobs = list_jobs(root, alive=True)
     assert [(job.id, job.state) for job in jobs] == [
         (first, State.SUCCEEDED), (second, State.TRAINING), ("000003-bad-00000003", State.REJECTED),
     ]  # fmt: skip
     assert jobs[1].status["step"] == 7
     assert jobs[2].message == "it is bad"
-    assert list_jobs(root, ended=0) == [jobs[1]]
-    assert list_jobs(root, ended=1) == jobs[1:]
+    assert list_jobs(root, ended=0, alive=True) == [jobs[1]]
+    assert list_jobs(root, ended=1, alive=True) == jobs[1:]
 
 
 def test_the_place_of_the_ticket_wins_over_status(root: DataRoot) -> None:
@@ -53,7 +53,7 @@ def test_a_running_job_that_was_asked_to_stop_is_cancelling(root: DataRoot) -> N
     job_id = place(root, 1, "running", state=State.TRAINING)
     root.run(job_id).attempt(1).mkdir(parents=True)
     write_json(root.run(job_id).attempt(1) / "stop.json", {"reason": "user"})
-    assert list_jobs(root)[0].state is State.CANCELLING
+    assert list_jobs(root, alive=True)[0].state is State.CANCELLING
 
 
 def test_result_and_waiting_for(root: DataRoot) -> None:

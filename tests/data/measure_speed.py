@@ -12,10 +12,13 @@ import argparse
 import json
 import os
 import random
-import resource
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
+
+import psutil
 
 WORDS = "river city gold iron water stone light north south metal salt glass paper green capital length".split()  # noqa: SIM905
 
@@ -29,9 +32,41 @@ def write_rows(path: Path, count: int) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def _cpu() -> float:
-    """CPU seconds of this process and of the workers that ended: what counts on a machine that others use too."""
-    return time.process_time() + sum(os.times()[2:4])
+def _cpu() -> tuple[float, float]:
+    """CPU seconds of this process, and of the workers that ended: what counts on a machine that others use too."""
+    return time.process_time(), sum(os.times()[2:4])
+
+
+class Workers:
+    """The most memory the data workers hold together, looked at four times a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._over = Event()
+        self._watcher = Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(0.25):
+            held = 0
+            for child in own.children():
+                with suppress(psutil.Error):
+                    held += child.memory_info().rss
+            self.peak = max(self.peak, held)
+
+    def __enter__(self) -> Workers:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._over.set()
+        self._watcher.join()
+
+
+def own_peak() -> int:
+    """Bytes this process has held at most."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
 def main() -> None:
@@ -67,19 +102,21 @@ def main() -> None:
         cache = folder / "cache" if chosen.cached else None
         for _ in range(2 if chosen.cached else 1):
             started, cpu = time.perf_counter(), _cpu()
-            data = prepare_data(
-                spec, tokenizer, locate=folder.joinpath, work=folder / "work", workers=chosen.workers, cache=cache
-            )
+            with Workers() as helpers:
+                data = prepare_data(
+                    spec, tokenizer, locate=folder.joinpath, work=folder / "work", workers=chosen.workers, cache=cache
+                )
             seconds = time.perf_counter() - started
-            used = _cpu() - cpu
-            peak = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            here, there = (after - before for after, before in zip(_cpu(), cpu, strict=True))
             print(
                 json.dumps(
                     {
                         "rows": data.report.rows, "seconds": round(seconds, 2), "rows_per_second": round(chosen.rows / seconds),
-                        "cpu_microseconds_per_row": round(1e6 * used / chosen.rows, 1),
+                        "cpu_microseconds_per_row": round(1e6 * (here + there) / chosen.rows, 1),
+                        "of_these_in_workers": round(1e6 * there / chosen.rows, 1),
                         "tokens_per_row": round(data.report.mean_length, 1), "tokenizer": chosen.tokenizer,
-                        "workers": chosen.workers, "peak_mib": peak[0] // 1024, "peak_mib_of_a_worker": peak[1] // 1024,
+                        "workers": chosen.workers, "peak_mib": own_peak() >> 20, "peak_mib_of_all_workers": helpers.peak >> 20,
+                        "load": round(os.getloadavg()[0], 1),
                     }
                 )
             )  # fmt: skip

@@ -174,6 +174,30 @@ def test_markers_given_by_hand_as_in_notebooks(tokenizer):
     assert kept(tokenizer, trainer) == "Hello!<|eot_id|>See you<|eot_id|>"
 
 
+@pytest.mark.parametrize("written", ["\n\n", "\n", ""])
+def test_markers_whose_blanks_differ(tokenizer, written):
+    """force_match=False: the blanks around a marker are neither required nor learnt; True: they must be there."""
+    text = f"### Question:{written}a{written}### Answer:{written}b{tokenizer.eos_token}{written}### Question:{written}c"
+    text += f"{written}### Answer:{written}d{tokenizer.eos_token}"
+    rows = Dataset.from_list([{"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}])
+
+    def masked(**options):
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(packing=False), processing_class=tokenizer, train_dataset=rows, eval_dataset=None
+        )
+        return train_on_responses_only(trainer, "### Question:\n\n", "### Answer:\n\n", **options)
+
+    end = tokenizer.eos_token
+    assert kept(tokenizer, masked(force_match=False)) == f"b{end}d{end}"
+    if written != "\n\n":
+        with pytest.raises(DataError) as caught:
+            masked(force_match=True)
+        assert caught.value.code == "api-no-responses"
+    with pytest.raises(DataError) as caught:
+        train_on_responses_only(None, "\n", "\n", False, tokenizer, True)
+    assert caught.value.code == "api-no-markers"
+
+
 def test_labels_masked_before_stay_and_tokens_can_be_left_out(tokenizer):
     trainer = as_trainer(tokenizer)
     ids = trainer.train_dataset[0]["input_ids"]
@@ -225,6 +249,20 @@ def test_a_template_written_as_an_example(tokenizer):
     assert extended[0]["text"].count("\nQ: ") == 2
     trainer = train_on_responses_only(as_trainer(tokenizer))
     assert kept(tokenizer, trainer) == " Hello!<|im_end|> See you<|im_end|>"
+
+
+def test_an_end_that_is_no_special_token(tokenizer):
+    """extra_eos_tokens: such a token behind {OUTPUT} is the end, and no other is written behind it."""
+    assert "end" in tokenizer.get_vocab() or tokenizer.add_tokens(["end"])
+    example = "Q: {INPUT}\nA: {OUTPUT}end\nQ: {INPUT}\nA: {OUTPUT}end"
+    rows = Dataset.from_list([{"conversations": chat(("user", "a"), ("assistant", "b"))}])
+    was = tokenizer.eos_token
+    assert apply_chat_template(rows, tokenizer, example)[0]["text"].rstrip().endswith(f"bend\n{was}")
+    done = apply_chat_template(rows, tokenizer, example, extra_eos_tokens=["end"])[0]["text"]
+    assert done.rstrip().endswith("A: bend") and tokenizer.eos_token == "end"
+    with pytest.raises(DataError) as caught:
+        apply_chat_template(rows, tokenizer, example, extra_eos_tokens=["no such token"])
+    assert caught.value.code == "template-invalid" and "no such token" in str(caught.value)
 
 
 def test_a_pair_of_jinja_and_end_marker(tokenizer):

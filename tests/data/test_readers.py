@@ -10,6 +10,7 @@ import lzma
 import zipfile
 
 import pandas as pd
+import pyarrow
 import pytest
 from dropforge.data.readers import READERS, read_rows
 from dropforge.errors import DataError
@@ -104,6 +105,35 @@ def test_compressed_text(bench, suffix, module, kind):
     name = _write(bench, kind, [FLAT["alpaca"]])
     packed = bench.write(name + suffix, module.compress((bench.folder / name).read_bytes()))
     assert bench.learnt(bench.prepare(packed).train[0]) == ANSWER + "<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "csv"))
+def test_zstandard(bench, kind):
+    name = _write(bench, kind, [FLAT["alpaca"]])
+    packed = bench.write(name + ".zst", zstandard((bench.folder / name).read_bytes()))
+    assert bench.learnt(bench.prepare(packed).train[0]) == ANSWER + "<|im_end|>"
+
+
+def zstandard(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [(".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda content: zstandard(content))]
+)
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damage_in_every_kind(bench, suffix, pack, damage):
+    content = b"".join(b'{"prompt": "question %d", "completion": "b"}\n' % number for number in range(2000))
+    whole = bytearray(pack(content))
+    if damage == "cut":
+        del whole[len(whole) // 2 :]
+    else:
+        whole[:4] = b"none"
+    error = bench.error(bench.write("a.jsonl" + suffix, bytes(whole)))
+    assert (error.code, error.problems[0].where) == ("data-parse", "a.jsonl" + suffix)
 
 
 def test_damaged_compression(bench):

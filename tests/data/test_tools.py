@@ -64,14 +64,44 @@ def runs(tokenizer, turns, tools=TOOLS):
         ("qwen-3", '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'),
         ("llama-3.1", '{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>'),
         ("lfm-2", "<|tool_call_start|>[add(a=2, b=2)]<|tool_call_end|><|im_end|>"),
+        ("gemma-4", "<|tool_call>call:add{a:2,b:2}<tool_call|><|tool_response>"),
+        (
+            "gpt-oss",
+            '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2, "b": 2}<|call|>',
+        ),
     ],
 )
 def test_calls_and_answers_are_learnt_and_results_are_not(use, name, call):
     tokenizer = use(name)
     end = tokenizer.eos_token
     found = runs(tokenizer, TURNS)
-    last = "<think>\n\n</think>\n\nGladly." if name == "qwen-3" else "Gladly."
-    assert [found[0].removeprefix("\n"), *found[1:]] == [call.removeprefix("\n"), "It is 4." + end, last + end]
+    lead = {"gpt-oss": "<|channel|>final<|message|>"}.get(name, "")
+    last = "<think>\n\n</think>\n\nGladly." if name == "qwen-3" else lead + "Gladly."
+    first = lead + "It is 4." + ("" if name == "gpt-oss" else end)  # earlier answers end with another marker there
+    assert [found[0].removeprefix("\n"), *found[1:]] == [call.removeprefix("\n"), first, last + end]
+
+
+def test_a_text_beside_a_call_reasoning_and_two_results(use):
+    """What the model writes before a call is learnt with it, in its order; results and names are the environment's."""
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": "Let me see.", "reasoning_content": "Add.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4", "name": "add"},
+        {"role": "assistant", "content": "It is 4.", "reasoning_content": "Done."},
+    ]
+    assert runs(use("gpt-oss"), turns) == [
+        "<|channel|>analysis<|message|>Add.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me see.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2, "b": 2}<|call|>',
+        "<|channel|>analysis<|message|>Done.<|end|><|start|>assistant<|channel|>final<|message|>It is 4.<|return|>",
+    ]
+    assert runs(use("gemma-4"), turns) == [
+        "<|channel>thought\nAdd.\n<channel|>Let me see.<|tool_call>call:add{a:2,b:2}<tool_call|><|tool_response>",
+        "<|channel>thought\nDone.\n<channel|>It is 4.<turn|>",
+    ]
+    both = [*turns[:1], {**turns[1], "tool_calls": [CALL, CALL]}, turns[2], turns[2], turns[3]]
+    assert len(runs(use("gemma-4"), both)) == 2
+    with pytest.raises(DataError, match="one tool call per turn"):
+        runs(use("gpt-oss"), both)
 
 
 def test_reasoning_is_learnt_where_the_template_writes_it(use):
@@ -164,3 +194,44 @@ def test_conversations_as_text_in_a_csv_cell(bench):
     cell = json.dumps(TURNS[4:]).replace('"', '""')
     data = bench.prepare(bench.write("a.csv", f'id,messages\n1,"{cell}"\n'))
     assert bench.learnt(data.train[0]) == "Gladly.<|im_end|>"
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "Where."},
+        "unit": {"type": "string", "enum": ["c", "f"], "default": "c"},
+        "days": {"type": "array", "items": {"type": "integer"}},
+        "near": {"type": "object", "properties": {"sea": {"type": "boolean"}}, "required": ["sea"]},
+    },
+    "required": ["city"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (
+            "gpt-oss",
+            "# Tools\n\n## functions\n\nnamespace functions {\n\n// The weather.\ntype weather = (_: {\n// Where.\ncity: string,\n"
+            'unit?: "c" | "f", // default: c\ndays?: number[],\nnear?: {\nsea: boolean,\n},\n}) => any;\n\n'
+            "type now = () => any;\n\n} // namespace functions<|end|>",
+        ),
+        (
+            "gemma-4",
+            '<|tool>declaration:weather{description:<|"|>The weather.<|"|>,parameters:{properties:{'
+            'city:{description:<|"|>Where.<|"|>,type:<|"|>STRING<|"|>},'
+            'days:{items:{type:<|"|>INTEGER<|"|>},type:<|"|>ARRAY<|"|>},'
+            'near:{properties:{sea:{type:<|"|>BOOLEAN<|"|>}},required:[<|"|>sea<|"|>],type:<|"|>OBJECT<|"|>},'
+            'unit:{enum:[<|"|>c<|"|>,<|"|>f<|"|>],type:<|"|>STRING<|"|>}},'
+            'required:[<|"|>city<|"|>],type:<|"|>OBJECT<|"|>}}<tool|>'
+            '<|tool>declaration:now{description:<|"|><|"|>}<tool|><turn|>',
+        ),
+    ],
+)
+def test_definitions_in_the_language_of_the_model(use, name, written):
+    """As https://cookbook.openai.com/articles/openai-harmony and ai.google.dev/gemma/docs (Gemma 4) write them."""
+    weather = {"name": "weather", "description": "The weather.", "parameters": PARAMETERS}
+    tools = [{"type": "function", "function": weather}, {"type": "function", "function": {"name": "now"}}]
+    text = use(name).apply_chat_template(TURNS, tools=tools, tokenize=False)
+    assert written in text.partition("What is 2+2?")[0]

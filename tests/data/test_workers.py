@@ -6,8 +6,8 @@ import os
 import signal
 
 import pytest
+from dropforge.data import blocks, prepare_data, workers
 from dropforge.data import cache as cache_module
-from dropforge.data import prepare_data, workers
 from dropforge.data.workers import RowPool, worker_count
 from dropforge.spec import Spec
 
@@ -26,31 +26,92 @@ def prepare(bench, data, **options):
 
 @pytest.fixture
 def early(monkeypatch):
-    """Processes start after the first batch."""
+    """Processes start after the first small block, and the second one waits until they are ready."""
     monkeypatch.setattr(workers, "START_AFTER_ROWS", 1)
+    monkeypatch.setattr(blocks, "LINE_BYTES", 10_000)
+    start = RowPool._start
+
+    def start_and_wait(pool):
+        start(pool)
+        for worker in pool._workers:
+            assert worker.pipe.poll(60)
+
+    monkeypatch.setattr(RowPool, "_start", start_and_wait)
 
 
-@pytest.mark.slow
-def test_processes_give_the_same_rows_in_the_same_order(bench, early):
+@pytest.fixture
+def done_there(monkeypatch):
+    """Rows that a worker's result was taken for."""
+    taken, take = [], RowPool._take
+
+    def counted(pool, worker, number):
+        result = take(pool, worker, number)
+        taken.append(len(result[0]) if result else 0)
+        return result
+
+    monkeypatch.setattr(RowPool, "_take", counted)
+    return taken
+
+
+def test_processes_give_the_same_rows_in_the_same_order(bench, early, done_there):
     name = bench.jsonl("a.jsonl", [*ROWS, {"prompt": "x", "completion": ""}])
-    here, there = prepare(bench, name, workers=1), prepare(bench, name, workers=2)
+    there = prepare(bench, name, workers=2)
+    assert sum(done_there) > len(ROWS) / 2
+    here = prepare(bench, name, workers=1)
     assert there.train.to_list() == here.train.to_list()
     assert there.report == here.report
 
 
-def test_a_dying_worker_is_named_and_its_rows_are_done_here(bench, early, monkeypatch):
-    start = RowPool._start
+@pytest.mark.slow
+def test_rows_that_are_no_lines_go_to_the_processes_too(bench, early, done_there, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 100)
+    lines = ["prompt,completion", *(f'"question, {i}",answer {i}' for i in range(1500))]
+    name = bench.write("a.csv", "\n".join(lines))
+    there = prepare(bench, name, workers=2)
+    assert sum(done_there) > 750
+    assert there.train.to_list() == prepare(bench, name, workers=1).train.to_list()
+
+
+@pytest.mark.slow
+def test_a_shape_that_a_worker_has_not_seen_is_rendered_there(bench, early, done_there):
+    """The first rows have one turn; the worker needs the whole tokenizer for the others."""
+    more = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")]
+    rows = [{"messages": more[:2]}] * 1000 + [{"messages": more}] * 500
+    name = bench.jsonl("a.jsonl", rows)
+    there = prepare(bench, name, workers=2)
+    assert sum(done_there) > 750
+    assert there.train.to_list() == prepare(bench, name, workers=1).train.to_list()
+
+
+@pytest.mark.parametrize("when", ["before it has rows", "with rows"])
+def test_a_dying_worker_is_named_and_its_rows_are_done_here(bench, early, monkeypatch, when):
+    start, give = RowPool._start, RowPool._give
 
     def start_and_kill(pool):
         start(pool)
-        os.kill(pool._workers[0].process.pid, signal.SIGKILL)
+        kill(pool._workers[0])
 
-    monkeypatch.setattr(RowPool, "_start", start_and_kill)
+    def give_and_kill(pool, number, *arguments):
+        worker = give(pool, number, *arguments)
+        if worker is not None and worker.number == 1:
+            kill(worker)
+        return worker
+
+    if when == "with rows":
+        monkeypatch.setattr(RowPool, "_give", give_and_kill)
+    else:
+        monkeypatch.setattr(RowPool, "_start", start_and_kill)
     name = bench.jsonl("a.jsonl", ROWS)
     done = prepare(bench, name, workers=2)
     assert done.train.to_list() == prepare(bench, name, workers=1).train.to_list()
     warnings = [warning for warning in done.report.warnings if "data worker 1" in warning]
     assert len(warnings) == 1 and "killed by signal 9" in warnings[0] and "done again in this process" in warnings[0]
+
+
+def kill(worker):
+    if worker.process.poll() is None:
+        os.kill(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
 
 
 def test_all_workers_may_die(bench, early, monkeypatch):
@@ -59,7 +120,7 @@ def test_all_workers_may_die(bench, early, monkeypatch):
     def start_and_kill(pool):
         start(pool)
         for worker in pool._workers:
-            os.kill(worker.process.pid, signal.SIGKILL)
+            kill(worker)
 
     monkeypatch.setattr(RowPool, "_start", start_and_kill)
     done = prepare(bench, bench.jsonl("a.jsonl", ROWS), workers=2)
@@ -78,7 +139,8 @@ def test_a_bad_row_in_a_worker_is_the_same_error(bench, early):
 
 
 def test_no_more_workers_than_memory_and_cpus_allow():
-    assert worker_count(2, free_bytes=64 << 30) == 1
+    assert worker_count(1, free_bytes=64 << 30) == 1
+    assert worker_count(2, free_bytes=64 << 30) == 2
     assert worker_count(4, free_bytes=64 << 30) == 4
     assert worker_count(64, free_bytes=640 << 30) == 8
     assert worker_count(16, free_bytes=6 << 30) == 3

@@ -146,9 +146,11 @@ def test_a_cpu_only_llama_cpp_is_not_passed_over_in_silence() -> None:
     found = look(smi(H200), lists={**LISTS, "llama.cpp": BuildList()}, llama="Available devices:\n  (none)\n")
     notes = [finding for finding in found if finding.level == "note"]
     assert len(notes) == 2 and "no GPU at all" in notes[0].what and "built for the CPU" in notes[1].what
-    lost = list(llama_findings("ggml_cuda_init: failed to initialize CUDA: out of memory", gpus=1))
+    lost = list(llama_findings("ggml_cuda_init: failed to initialize CUDA: out of memory", gpus=1, compiled=True))
     assert "sees 0 of 1 GPUs" in lost[0].what and "nvidia-smi" in lost[0].fix
-    assert list(llama_findings("", gpus=1)) == []
+    assert list(llama_findings("", gpus=1, compiled=True)) == []
+    (unloaded,) = (f for f in look(smi(H200), llama="Available devices:\n  (none)\n") if f.level == "note")
+    assert "could not load its CUDA part" in unloaded.what and "libggml-cuda.so" in unloaded.fix
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,16 @@ def test_no_path_of_this_machine_is_in_the_exports(bench, made):
     assert config["base_model_name_or_path"] == f"builtin:{bench.name}"
 
 
+def test_a_gguf_says_where_it_comes_from(bench, made):
+    import gguf
+
+    fields = gguf.GGUFReader(bench.result.path / made["gguf:q4_k_m"].path).fields
+    said = {name: fields[f"general.{name}"].contents() for name in ("name", "license", "base_model.0.name")}
+    assert said == {"name": "Test model", "license": "apache-2.0", "base_model.0.name": f"builtin:{bench.name}"}
+    assert fields["general.base_model.count"].contents() == 1
+    assert fields["tokenizer.chat_template"].contents().strip()
+
+
 def test_byte_level_pre_tokenizer_is_named_by_definition(exports):
     checks = exports["tiny-qwen3"]["gguf:f16"].checks
     assert (checks["pre_tokenizer"], checks["pre_tokenizer_by"]) == ("qwen2", "definition")

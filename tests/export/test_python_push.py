@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from dropforge.errors import CommandError
+from dropforge.errors import CommandError, ExportError
 from hub_stand_in import TOKEN, StandIn, only_loopback
 
 # huggingface_hub's own way to call httpx.
@@ -52,3 +52,10 @@ def test_gguf(model, hub, llama_cpp):
     files = hub.repos["stand-in/mine-GGUF"]["files"]
     assert files["mine-gguf-Q8_0.gguf"][:4] == b"GGUF"
     assert files["Modelfile"].startswith(b"FROM ./mine-gguf-Q8_0.gguf\n")
+
+
+def test_a_bad_importance_matrix_is_refused_before_anything_is_written(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("no importance matrix")
+    with pytest.raises(ExportError, match="no importance matrix"):
+        model.save_pretrained_gguf(tmp_path / "out", imatrix_file=tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from dropforge.export.base_license import license_of
+from dropforge.export.base_license import license_of, origin
 from dropforge.export.modelfile import Modelfile, read_modelfile, write_modelfile
 from dropforge.export.samples import ROWS, TOKENS, TrainingRow, read_samples, write_samples
 from dropforge.export.stage import SAMPLE_TOKENS, SAMPLES, Stage
@@ -70,3 +70,15 @@ def test_the_licence_of_the_base(files, expected, tmp_path):
 
 def test_a_builtin_model_has_one(llama):
     assert license_of(llama.base) == "apache-2.0"
+
+
+def test_the_origin_that_a_gguf_names(tmp_path):
+    """The licence's name, not its text; an address only for a model of the hub."""
+    (tmp_path / "LICENSE").write_text("A long text.")
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.1\n---\n")
+    assert origin("org/Model-8B", base=tmp_path) == {
+        "general.base_model.count": 1, "general.base_model.0.name": "Model-8B", "general.license": "llama3.1",
+        "general.base_model.0.organization": "org", "general.base_model.0.repo_url": "https://huggingface.co/org/Model-8B",
+    }  # fmt: skip
+    (tmp_path / "README.md").unlink()
+    assert origin("my-model", base=tmp_path) == {"general.base_model.count": 1, "general.base_model.0.name": "my-model"}

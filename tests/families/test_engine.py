@@ -141,6 +141,16 @@ def test_adapters_on_some_projections(targets, tiny, batch):
     assert_same(got, want)
 
 
+def test_ranks_and_scales_of_their_own_within_a_group(tiny, batch):
+    model = adapted(tiny("llama"), rank_pattern={"k_proj": 2, "up_proj": 5}, alpha_pattern={"v_proj": 11, "o_proj": 4})
+    want = step(model, batch)
+    session, engine = engine_of(model)
+    assert {part.scale for part in engine.decoder.layers[0].qkv.parts} == {1.5, 3.0, 2.75}
+    got = step(model, batch)
+    session.close()
+    assert_same(got, want)
+
+
 def test_trained_embeddings_and_head(tiny, batch):
     model = adapted(tiny("llama"), modules_to_save=["embed_tokens", "lm_head"])
     want = step(model, batch)

@@ -77,10 +77,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def train(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
-    """train(model, dataset, fast=, resume=, callbacks=, eval_dataset=, **arguments): the trainer, after training."""
+    """train(model, dataset, fast=, kernels=, resume=, callbacks=, eval_dataset=, **arguments): the trainer, after it."""
 
-    def run(model: Any, dataset: Any, *, fast: Any = None, resume: Any = None, callbacks: Any = None,
-            eval_dataset: Any = None, **arguments: Any) -> Any:  # fmt: skip
+    def run(model: Any, dataset: Any, *, fast: Any = None, kernels: Any = None, resume: Any = None,
+            callbacks: Any = None, eval_dataset: Any = None, **arguments: Any) -> Any:  # fmt: skip
         from dropforge.fast_step.trainer import FastStepMixin
         from transformers import PrinterCallback, Trainer
         from trl import SFTConfig, SFTTrainer
@@ -101,7 +101,7 @@ def train(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
             "dataset_kwargs": {"skip_prepare_dataset": True}, "report_to": "none", "disable_tqdm": True,
             "bf16": False, "use_cpu": not cuda, "dataloader_pin_memory": False,
         }  # fmt: skip
-        extra = {} if fast is None else {"fast": fast}
+        extra = {} if fast is None else {"fast": fast, "kernels": kernels}
         trainer: Any = (Plain if fast is None else Fast)(
             model=model, args=SFTConfig(**{**given, **arguments}), processing_class=tokenizer, train_dataset=dataset,
             eval_dataset=eval_dataset, callbacks=callbacks, **extra,
@@ -111,3 +111,48 @@ def train(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
         return trainer
 
     return run
+
+
+class Bench:
+    """A model on the GPU, its flat gradients, and steps of packed micro-batches."""
+
+    def __init__(self, model, dataset, *, budget=2048, per_step=40, capture=True, layers=None) -> None:
+        from dropforge.fast_step.flat import FlatParameters
+        from dropforge.fast_step.report import FastReport
+        from dropforge.fast_step.step import BucketStep
+        from dropforge.packing.choose import choose_packing
+        from dropforge.packing.feed import Feeder
+        from dropforge.packing.rows import token_rows
+
+        rows = token_rows(dataset)
+        plan = choose_packing(rows, documents_per_step=per_step, per_micro=4, budget=budget, seed=1).plan
+        self.feeder = Feeder(rows, plan, pad=0, pin=True)
+        self.model = model
+        self.flat = FlatParameters([[p for p in model.parameters() if p.requires_grad]])
+        self.report = FastReport()
+        self.loss_of = lambda inputs: self.model(**inputs).loss
+        self.step = BucketStep(
+            lambda inputs: self.loss_of(inputs), grads=self.flat.grads.values(), device=torch.device("cuda", 0),
+            report=self.report, split=self.feeder.split, capture=capture, why_not="" if capture else "off",
+            layers=layers,
+        )  # fmt: skip
+
+    def steps(self, count):
+        """(loss, gradient) of each step."""
+        out = []
+        for number in range(count):
+            batch = self.feeder.step(0, number)
+            self.flat.zero_grad()
+            self.step.begin()
+            for micro in batch.micro:
+                self.step.run(micro)
+            torch.cuda.synchronize()
+            out.append((float(self.step.loss), next(iter(self.flat.grads.values())).clone()))
+        self.feeder.close()
+        return out
+
+
+@pytest.fixture
+def new_bench() -> type[Bench]:
+    """new_bench(model, dataset, budget=, per_step=, capture=, layers=); ``steps(count)`` runs optimizer steps."""
+    return Bench

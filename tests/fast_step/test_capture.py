@@ -5,49 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dropforge.fast_step.flat import FlatParameters
 from dropforge.fast_step.graph import GraphPool
-from dropforge.fast_step.report import FastReport, Way
-from dropforge.fast_step.step import BucketStep
+from dropforge.fast_step.report import Way
 from dropforge.fast_step.trainer import FastOptions
-from dropforge.packing.choose import choose_packing
 from dropforge.packing.collate import model_inputs
-from dropforge.packing.feed import Feeder
-from dropforge.packing.rows import token_rows
 from dropforge_kernels.patch.attention_interface import packed_attention
 
 pytestmark = pytest.mark.gpu
-
-
-class Bench:
-    """A model on the GPU, its flat gradients, and steps of packed micro-batches."""
-
-    def __init__(self, model, dataset, *, budget=2048, per_step=40, capture=True) -> None:
-        rows = token_rows(dataset)
-        plan = choose_packing(rows, documents_per_step=per_step, per_micro=4, budget=budget, seed=1).plan
-        self.feeder = Feeder(rows, plan, pad=0, pin=True)
-        self.model = model
-        self.flat = FlatParameters([[p for p in model.parameters() if p.requires_grad]])
-        self.report = FastReport()
-        self.loss_of = lambda inputs: self.model(**inputs).loss
-        self.step = BucketStep(
-            lambda inputs: self.loss_of(inputs), grads=self.flat.grads.values(), device=torch.device("cuda", 0),
-            report=self.report, split=self.feeder.split, capture=capture, why_not="" if capture else "off",
-        )  # fmt: skip
-
-    def steps(self, count):
-        """(loss, gradient) of each step."""
-        out = []
-        for number in range(count):
-            batch = self.feeder.step(0, number)
-            self.flat.zero_grad()
-            self.step.begin()
-            for micro in batch.micro:
-                self.step.run(micro)
-            torch.cuda.synchronize()
-            out.append((float(self.step.loss), next(iter(self.flat.grads.values())).clone()))
-        self.feeder.close()
-        return out
 
 
 def compare(ours, theirs, *, tolerance):
@@ -59,34 +23,34 @@ def compare(ours, theirs, *, tolerance):
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_captured_equals_eager_over_several_buckets(tiny, documents, lora):
+def test_captured_equals_eager_over_several_buckets(tiny, documents, lora, new_bench):
     data = documents(400, longest=200)
     results = []
     for capture in (True, False):
         model = tiny(lora=lora, dtype=torch.bfloat16, device="cuda").train()
         with packed_attention(model):
-            bench = Bench(model, data, capture=capture)
+            bench = new_bench(model, data, capture=capture)
             results.append(bench.steps(10))
     captured = [bucket for bucket in bench.report.buckets.values() if bucket.way is Way.CAPTURED]
     assert not captured, "the second bench must be eager"
     compare(*results, tolerance=2e-2)
 
 
-def test_several_shapes_are_captured_and_share_one_pool(tiny, documents):
+def test_several_shapes_are_captured_and_share_one_pool(tiny, documents, new_bench):
     model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model):
-        bench = Bench(model, documents(800, longest=200), per_step=35)
+        bench = new_bench(model, documents(800, longest=200), per_step=35)
         bench.steps(20)
     captured = [bucket for bucket in bench.report.buckets.values() if bucket.way is Way.CAPTURED]
     assert len({bucket.shape for bucket in captured}) >= 2, bench.report.lines()
     assert all(bucket.capture_seconds > 0 and not bucket.reason for bucket in captured)
 
 
-def test_full_graph_is_exact_for_one_shape(tiny, documents):
+def test_full_graph_is_exact_for_one_shape(tiny, documents, new_bench):
     """The same micro-batch eagerly and replayed: nothing is left over from earlier replays."""
     model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model):
-        bench = Bench(model, documents(60, longest=60), per_step=30)
+        bench = new_bench(model, documents(60, longest=60), per_step=30)
         batch = bench.feeder.step(0, 0)
         losses = []
         for _ in range(5):  # eager, captured, replayed three times
@@ -99,10 +63,10 @@ def test_full_graph_is_exact_for_one_shape(tiny, documents):
     assert np.ptp(losses) <= 1e-3 * abs(losses[0])
 
 
-def test_what_waits_for_the_gpu_stays_eager_with_its_reason(tiny, documents):
+def test_what_waits_for_the_gpu_stays_eager_with_its_reason(tiny, documents, new_bench):
     model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model):
-        bench = Bench(model, documents(200, longest=60), per_step=40)
+        bench = new_bench(model, documents(200, longest=60), per_step=40)
 
         def loss_of(inputs):
             if float(inputs["input_ids"].sum()) < 0:
@@ -111,7 +75,7 @@ def test_what_waits_for_the_gpu_stays_eager_with_its_reason(tiny, documents):
 
         bench.loss_of = loss_of
         first = bench.steps(5)
-        again = Bench(model, documents(200, longest=60), per_step=40, capture=False)
+        again = new_bench(model, documents(200, longest=60), per_step=40, capture=False)
         compare(first, again.steps(5), tolerance=2e-2)
     assert bench.step.captures == 0
     assert any("capture failed" in bucket.reason for bucket in bench.report.buckets.values())
@@ -119,15 +83,15 @@ def test_what_waits_for_the_gpu_stays_eager_with_its_reason(tiny, documents):
     torch.rand(4, device="cuda")
     model2 = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model2):
-        fresh = Bench(model2, documents(200, longest=60), per_step=40)
+        fresh = new_bench(model2, documents(200, longest=60), per_step=40)
         fresh.steps(5)
     assert fresh.step.captures >= 1, fresh.report.lines()
 
 
-def test_out_of_memory_in_capture_falls_back(tiny, documents):
+def test_out_of_memory_in_capture_falls_back(tiny, documents, new_bench):
     model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model):
-        bench = Bench(model, documents(200, longest=60), per_step=40)
+        bench = new_bench(model, documents(200, longest=60), per_step=40)
 
         def loss_of(inputs):
             if torch.cuda.is_current_stream_capturing():
@@ -135,17 +99,17 @@ def test_out_of_memory_in_capture_falls_back(tiny, documents):
             return model(**inputs).loss
 
         bench.loss_of = loss_of
-        compare(bench.steps(5), Bench(model, documents(200, longest=60), per_step=40, capture=False).steps(5),
+        compare(bench.steps(5), new_bench(model, documents(200, longest=60), per_step=40, capture=False).steps(5),
                 tolerance=2e-2)  # fmt: skip
     reasons = [bucket.reason for bucket in bench.report.buckets.values() if bucket.reason]
     assert reasons
     assert all("OutOfMemoryError" in reason for reason in reasons)
 
 
-def test_a_bucket_that_does_not_fit_is_cut_in_two(tiny, documents):
+def test_a_bucket_that_does_not_fit_is_cut_in_two(tiny, documents, new_bench):
     model = tiny(lora=True, dtype=torch.bfloat16, device="cuda").train()
     with packed_attention(model):
-        bench = Bench(model, documents(400, longest=200), budget=4096, per_step=40)
+        bench = new_bench(model, documents(400, longest=200), budget=4096, per_step=40)
 
         def loss_of(inputs):
             loss = model(**inputs).loss
@@ -156,7 +120,7 @@ def test_a_bucket_that_does_not_fit_is_cut_in_two(tiny, documents):
         bench.loss_of = loss_of
         ours = bench.steps(5)
         bench.loss_of = lambda inputs: model(**inputs).loss
-        theirs = Bench(model, documents(400, longest=200), budget=2048, per_step=40, capture=False).steps(5)
+        theirs = new_bench(model, documents(400, longest=200), budget=2048, per_step=40, capture=False).steps(5)
         compare(ours, theirs, tolerance=2e-2)
     assert any(bucket.way is Way.SPLIT for bucket in bench.report.buckets.values())
 
@@ -173,10 +137,10 @@ class Fails(torch.autograd.Function):
         raise torch.OutOfMemoryError("CUDA out of memory, says the test. And more")
 
 
-def test_documents_of_a_graph_are_alone_and_as_they_are_unpacked(tiny, documents):
+def test_documents_of_a_graph_are_alone_and_as_they_are_unpacked(tiny, documents, new_bench):
     """bf16: each document's loss as alone, to 1e-3; another document's token changes not one bit of it."""
     model = tiny(dtype=torch.bfloat16, device="cuda").eval()
-    bench = Bench(model, documents(60, longest=90), per_step=30)
+    bench = new_bench(model, documents(60, longest=90), per_step=30)
     micro = bench.feeder.step(0, 0).micro[0]
     bench.feeder.close()
     flat = micro.flat.cuda()

@@ -161,6 +161,31 @@ def test_other_optimizers_run_over_flat_gradients(tiny, documents, train):
     assert norms(fast) == pytest.approx(norms(plain), rel=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's compiler looks at every input
+def test_layers_compiled_for_want_of_graphs_train_alike(tiny, documents, train, monkeypatch):
+    from dropforge.fast_step import compiled
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    model = tiny(lora=True)
+    options = {"max_steps": 8, "logging_steps": 1}
+    fast = train(model, documents(), fast=FastOptions(budget=1024, compile=True), **options)
+    plain = train(tiny(lora=True), documents(), **options)
+    assert graphs
+    ways = {str(bucket.way): bucket.reason for bucket in fast.report.buckets.values()}
+    assert ways["compiled"] == "CUDA graphs need a GPU"
+    assert losses(fast) == pytest.approx(losses(plain), rel=2e-5)
+    # nothing of it stays on the model
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    assert not any(bucket.way == "compiled" for bucket in train(
+        tiny(lora=True), documents(), fast=FAST, **options).report.buckets.values())  # fmt: skip
+
+
 def _nothing():
     from contextlib import nullcontext
 

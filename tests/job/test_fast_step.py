@@ -9,7 +9,7 @@ from dropforge import job, plan
 from dropforge.checkpoints import CheckpointStore
 from dropforge.errors import JobStopped, Reason
 from dropforge.events import RunLog
-from dropforge.files import read_json_lines
+from dropforge.files import read_json, read_json_lines
 from dropforge.states import State
 from dropforge.stop import StopSignal
 from safetensors.torch import load_file
@@ -42,7 +42,21 @@ def test_a_packed_job_learns_like_a_padded_one_and_reports(bench, make_spec, pac
     assert bench.provenance(plain)["training"]["engine"] is None
     assert any("CUDA graphs need a GPU" in event["text"] for event in bench.events(run, "engine"))
     assert rows_of(run, "tokens_per_second")
-    assert "bucket shapes captured" in bench.result(run).model_card.read_text()
+    card = bench.result(run).model_card.read_text()
+    assert "bucket shapes captured as CUDA graphs" in card
+    assert all(bucket["reason"] and f"eager: {bucket['reason']}" in card for bucket in engine["buckets"])
+    told = [event["text"] for event in bench.events(run, "engine")]
+    assert len(told) == len(set(told))
+    status = read_json(run.status)
+    assert status["tokens_per_second"] > 0
+    assert status["host_ms_per_micro_batch"] > 0
+
+
+def test_what_keeps_a_job_from_packing_stands_on_its_card(bench, make_spec, packed):
+    run = bench.run_folder(make_spec(train="max_steps: 2, neftune_noise_alpha: 5"))
+    assert bench.go(run) is State.SUCCEEDED
+    assert "plain training step: NEFTune" in bench.result(run).model_card.read_text()
+    assert any("NEFTune" in event["text"] for event in bench.events(run, "engine"))
 
 
 def test_every_weight_trained_over_flat_buffers_is_saved_and_exported(bench, make_spec, packed):

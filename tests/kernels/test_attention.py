@@ -4,16 +4,20 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from functools import partial
 
 import pytest
 import torch
 from dropforge_kernels import ops, reference
 from dropforge_kernels.ops._sinks import apply_sinks, sinks_gradient
-from dropforge_kernels.ops.attention import PREFERENCE, AttentionBackend, Case, choose_attention
+from dropforge_kernels.ops.attention import PREFERENCE, AttentionBackend, Case, choose_attention, fa4_missing
 from dropforge_kernels.testing import CONSTANT, assert_parity, capture_and_replay, random_tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+# ops.attention is the function of that name.
+attention_module = importlib.import_module("dropforge_kernels.ops.attention")
 PLAIN = Case(packed=False, window=False, softcap=False, sinks=False, dtype=torch.bfloat16, width=128)
 LENGTHS = [5, 0, 130, 1, 64]  # a zero-length document among them
 
@@ -51,7 +55,8 @@ def inputs(dtype, device, *, packed=True, heads=4, groups=2, width=64, lengths=L
         ({"width": 8, "dtype": torch.float32}, "reference"),
     ],
 )
-def test_choice_and_its_reason(change, backend):
+def test_choice_and_its_reason(change, backend, monkeypatch):
+    monkeypatch.setattr(attention_module, "fa4_missing", lambda: "the package flash-attn-4 is not installed")
     choice = choose_attention(PLAIN._replace(**change), cuda=True)
     assert choice.backend == backend
     for earlier in PREFERENCE[PLAIN._replace(**change).kind]:
@@ -67,8 +72,22 @@ def test_choice_without_cuda_and_by_name():
         choose_attention(PLAIN._replace(softcap=True), cuda=True, force="cudnn")
     with pytest.raises(ValueError, match="backend flash needs a CUDA device"):
         choose_attention(PLAIN, cuda=False, force="flash")
-    with pytest.raises(ValueError, match="backend fa4 the package flash-attn-4 is not installed"):
-        choose_attention(PLAIN, cuda=True, force="fa4")
+    with pytest.raises(ValueError, match="backend fa4 cannot be traced by torch.compile"):
+        choose_attention(PLAIN._replace(compiling=True), cuda=True, force="fa4")
+    if (why := fa4_missing()) is not None:
+        with pytest.raises(ValueError, match=f"backend fa4 {re.escape(why)}"):
+            choose_attention(PLAIN, cuda=True, force="fa4")
+
+
+def test_flash_attention_4_goes_first_where_it_is_installed(monkeypatch):
+    case = PLAIN._replace(packed=True)
+    monkeypatch.setattr(attention_module, "fa4_missing", lambda: None)
+    assert choose_attention(case, cuda=True).backend is AttentionBackend.FA4
+    assert choose_attention(case._replace(softcap=True), cuda=True).backend is AttentionBackend.FA4
+    assert choose_attention(PLAIN, cuda=True).backend is AttentionBackend.CUDNN
+    compiling = choose_attention(case._replace(compiling=True), cuda=True)
+    assert compiling.backend is AttentionBackend.FLASH
+    assert "fa4 cannot be traced by torch.compile" in compiling.reason
 
 
 def naive(q, k, v, *, cu_seqlens, window=None, softcap=None, sinks=None, **_):
@@ -178,13 +197,28 @@ GPU_CASES = [
     ("flex", {"packed": False, "groups": 4}, {"softcap": 5.0}),
     ("flex", {"sinks": True}, {"softcap": 5.0}),
     ("reference", {}, {"window": 17}),
+    ("fa4", {}, {}),
+    ("fa4", {"groups": 4, "width": 16}, {"causal": False}),
+    ("fa4", {"width": 128}, {"window": 17, "scale": 0.3}),
+    ("fa4", {"width": 256, "groups": 1}, {}),
+    ("fa4", {"width": 128}, {"softcap": 5.0}),
+    ("fa4", {"sinks": True}, {"window": 17}),
+    ("fa4", {"packed": False, "sinks": True}, {}),
+    ("fa4", {"width": 72}, {}),
 ]
 
 
+def needs(backend):
+    if backend == "fa4" and fa4_missing() is not None:
+        pytest.skip(f"flash-attn-4: {fa4_missing()}")
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")  # flash-attn-4 at its first call of a kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("backend", "shape", "options"), GPU_CASES)
 def test_every_backend_against_the_reference(backend, shape, options, dtype):
+    needs(backend)
     given = inputs(dtype, "cuda", **shape) | options
     grad = ("q", "k", "v", "sinks") if "sinks" in given else ("q", "k", "v")
     # FlashAttention's backward starts from the rounded output: the sum that is the sinks' gradient carries one
@@ -195,11 +229,16 @@ def test_every_backend_against_the_reference(backend, shape, options, dtype):
 
 
 @pytest.mark.gpu
-def test_strided_inputs_and_chosen_backend():
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
+@pytest.mark.parametrize("backend", [None, "flash", "fa4"])
+def test_strided_inputs_and_chosen_backend(backend):
+    needs(backend)
     joint = random_tensor((200, (4 + 2 + 2) * 64), dtype=torch.bfloat16, device="cuda")
     q, k, v = (t.unflatten(-1, (-1, 64)) for t in joint.split((256, 128, 128), -1))
     given = inputs(torch.bfloat16, "cuda", sinks=True) | {"q": q, "k": k, "v": v}
-    assert_parity(ops.attention, reference.attention, given, grad=("q", "k", "v", "sinks"))
+    constant = {"grad sinks": 8 * CONSTANT[torch.bfloat16]}  # as above
+    call = partial(ops.attention, backend=backend)
+    assert_parity(call, reference.attention, given, grad=("q", "k", "v", "sinks"), constant=constant)
 
 
 @pytest.mark.gpu
@@ -246,6 +285,7 @@ def test_compiles_without_graph_break(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
 @pytest.mark.parametrize("packed", [True, False])
 def test_cuda_graph_capture(packed):
     def build():
@@ -263,16 +303,20 @@ def test_cuda_graph_capture(packed):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
+@pytest.mark.parametrize("backend", ["flash", "fa4"])
 @pytest.mark.parametrize("options", [{}, {"window": 40}, {"sinks": True}], ids=["plain", "window", "sinks"])
-def test_one_captured_graph_serves_every_packing(options):
+def test_one_captured_graph_serves_every_packing(options, backend):
     """cu_seqlens changes between replays: other documents, another number of them, filled up with the total."""
+    needs(backend)
+    options = dict(options)
     sinks = options.pop("sinks", False) if options else False
     given = inputs(torch.bfloat16, "cuda", lengths=[70, 130], sinks=sinks) | options
     given |= {"cu_seqlens": torch.full((9,), 200, dtype=torch.int32, device="cuda"), "max_seqlen": 200}
 
     def step():
         leaves = {n: given[n].detach().requires_grad_() for n in ("q", "k", "v")}  # of the stream that runs it
-        out = ops.attention(**(given | leaves), validate=False)
+        out = ops.attention(**(given | leaves), validate=False, backend=backend)
         return out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
 
     given["cu_seqlens"][0] = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dropforge_kernels import ops, reference
-from dropforge_kernels.testing import capture_and_replay, random_tensor
+from dropforge_kernels.testing import assert_parity, capture_and_replay, random_tensor
 
 Tensors = dict[str, torch.Tensor]
 BIG = 2**31
@@ -87,6 +87,20 @@ def test_autocast_changes_nothing(device, name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_captured_in_a_graph(name):
     capture_and_replay(lambda: lambda: tuple(results(name, "cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1024, 2048, 2560, 4096, 8192])
+def test_norms_of_many_rows(width):
+    """More rows than programs: each walks over many, and another cut is chosen from 32M elements on."""
+    rows = max(16399, (32 << 20) // width + 17)
+    x, weight, bias = (
+        random_tensor(s, dtype=torch.bfloat16, device="cuda", seed=i)
+        for i, s in enumerate(((rows, width), (width,), (width,)))
+    )
+    given = {"x": x, "weight": weight, "eps": 1e-6}
+    assert_parity(ops.rms_norm, reference.rms_norm, given, grad=("x", "weight"))
+    assert_parity(ops.layer_norm, reference.layer_norm, given | {"bias": bias}, grad=("x", "weight", "bias"))
 
 
 def big(*shape: int) -> torch.Tensor:

@@ -270,6 +270,31 @@ def test_shapes_from_configurations():
         model_shape({key: value for key, value in config.items() if key != "intermediate_size"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "splits"),
+    [
+        ({}, True),
+        ({"sliding_window": None}, True),
+        ({"sliding_window": 4096}, False),
+        ({"sliding_window": 4096, "use_sliding_window": False}, True),
+        ({"attn_logit_softcapping": 50.0}, False),
+        ({"head_dim": 256}, False),
+    ],
+)
+def test_only_plain_attention_is_split_into_pieces(fields, splits):
+    config = {
+        "num_hidden_layers": 2, "hidden_size": 4096, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 1000, **fields,
+    }  # fmt: skip
+    shape = model_shape(config)
+    assert shape.splits_heads == splits
+    options = {"tokens": 131072, "tile": 2048}
+    split, whole = (
+        peak(shape, Training.of_rank(8), Counts(offload=2), row=row, **options).total for row in (131072, 0)
+    )
+    assert (split < whole) == splits
+
+
 @pytest.mark.parametrize("fields", [{"tokens": 0, "budget": GIB}, {"tokens": 5, "budget": 0}])
 def test_bad_numbers_are_refused(fields):
     with pytest.raises(ValueError, match="must be positive"):

@@ -44,9 +44,10 @@ def data(arguments: Namespace) -> int:
     if arguments.png:
         write_histogram(arguments.png, report.histogram)
     colour = not arguments.json and (arguments.colour or sys.stdout.isatty())
-    said = f"the tokenizer of {spec.model.id}, chat template {choice.name}"
+    template = "its own chat template" if choice.name == "model" else f"the chat template {choice.name}"
+    said = f"the tokenizer of {spec.model.id} and {template}"
     if spec.model.id == DEFAULT_MODEL and not arguments.model:
-        said += " (a small one; name yours with --model)"
+        said += "; name the model you will train with --model"
     text = report_text(report, tokenizer=said, colour=colour)
     emit(arguments, json.loads(json.dumps(asdict(report))), text)
     return 0

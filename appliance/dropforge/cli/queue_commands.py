@@ -93,7 +93,7 @@ def waiting_in_inbox(root: DataRoot, *, alive: bool) -> list[tuple[str, str, str
     """Rows for files that are not jobs yet."""
     said = {entry["file"]: entry for entry in inbox_of(root)} if alive else {}
     rows = []
-    names = sorted(look(root).entries)
+    names = sorted(look(root).entries) if root.inbox.is_dir() else []
     for name in names[:SHOWN_ENDED_JOBS]:
         entry = said.get(printable(name), {})
         text = "becomes a job when Dropforge runs" if not alive else entry.get("message") or "is about to become a job"

@@ -8,12 +8,13 @@ from typing import Any
 
 from dropforge.checkpoints import CheckpointStore
 from dropforge.daemon import attempts
+from dropforge.daemon.intake import ticket_copy
 from dropforge.daemon.liveness import runs_now, serving
 from dropforge.daemon.names import printable
 from dropforge.daemon.queue import FOLDER_STATE, FOLDERS, Ticket, ids_in, read, state_in, ticket_path
 from dropforge.daemon.rejection import rejections
 from dropforge.daemon.sequence import number_of
-from dropforge.errors import CommandError
+from dropforge.errors import CommandError, Reason
 from dropforge.files import read_json
 from dropforge.paths import DataRoot, RunFolder
 from dropforge.states import State
@@ -66,6 +67,8 @@ def list_jobs(root: DataRoot, *, ended: int | None = None, alive: bool | None = 
             if ticket is not None:
                 view = _view(root, folder, ticket, waiting)
                 (live if is_live else over).append(view if alive or folder != "running" else _left_alone(root, view))
+    if not alive:
+        live += _half_accepted(root, {job.id for job in live})
     if root.rejected.is_dir():
         over += _rejected(root, newest=ended)
     over.sort(key=lambda job: job.seq)
@@ -120,7 +123,30 @@ def _left_alone(root: DataRoot, view: JobView) -> JobView:
     if runs_now(run):
         text = "Dropforge itself was ended; this job saves a checkpoint and ends, and goes on when Dropforge runs again"
         return replace(view, message=text)
+    last = max(attempts.numbers(run), default=0)
+    end = attempts.read_end(run, last) if last else None
+    if end is not None and end.state is not State.INTERRUPTED:
+        return replace(view, state=end.state, reason=end.reason, message="has ended; filed when Dropforge runs again")
+    if last and attempts.read_stop(run, last) is Reason.USER:
+        return replace(view, message="you asked to stop it; that is finished when Dropforge runs again", status={})
     return replace(view, state=State.INTERRUPTED, reason=None, message=f"was cut off; {_goes_on(run)}", status={})
+
+
+def _half_accepted(root: DataRoot, known: set[str]) -> list[JobView]:
+    """Files that a daemon had taken out of the inbox when it was killed, and has not written a ticket for."""
+    views = []
+    runs = root.path / "runs"
+    for job_id in sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []:
+        run = root.run(job_id)
+        if job_id in known or run.status.exists():  # the first status.json is written when all is accepted
+            continue
+        taken = ticket_path(root, "queue", job_id).exists() or run.job_data.is_dir()
+        ticket = ticket_copy(run) if taken else None
+        if ticket is not None:
+            text = "was being accepted; that is finished when Dropforge runs again"
+            views.append(JobView(id=job_id, name=ticket.name, state=State.QUEUED, message=text, waiting_for=text,
+                                 file=ticket.file, priority=ticket.priority, accepted=ticket.accepted))  # fmt: skip
+    return views
 
 
 def _goes_on(run: RunFolder) -> str:

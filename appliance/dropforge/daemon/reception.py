@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -51,8 +52,6 @@ class Reception:
         self._clock = clock
         self._only_file = only_file
         self._batch = CHECKED_FIRST
-        self._flooded = False
-        """The last look left files for the next one."""
 
     def receive(self, *, now: float) -> bool:
         """One look at the inbox at time `now`. True when there is more to take right away.
@@ -70,14 +69,11 @@ class Reception:
         ready = [entry for entry in self._tracker.update(seen, now=now, complete=complete) if self._mine(entry.name)]
         deadline = self._clock() + SECONDS_PER_LOOK
         # Good ones first: a rejection costs more disk writes than a check, and nobody waits for it.
-        self._flooded = self._consider(ready, now=now, deadline=deadline)
-        return self._flooded or self._reject(ready, now=now, deadline=deadline)
+        return self._consider(ready, now=now, deadline=deadline) or self._reject(ready, now=now, deadline=deadline)
 
     def _consider(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
         """Accept what is good, and remember what is not. True when some was left for the next look."""
-        fresh = [entry for entry in ready if not self._intake.waits(entry, now=now)]
-        if not self._flooded:
-            fresh = _mixed(fresh)
+        fresh = _mixed([entry for entry in ready if not self._intake.waits(entry, now=now)])
         accepted, checked = 0, 0
         for number, entry in enumerate(fresh):
             if accepted >= FILES_PER_LOOK or (number and self._clock() > deadline):
@@ -85,6 +81,9 @@ class Reception:
             if number == checked:
                 checked += self._batch
                 self._check_ahead(fresh[number:checked])
+                # Verdicts are there now, however long a busy machine took for them: a look that gave them up again
+                # for the sake of time would take one file and pay for the next child.
+                deadline = max(deadline, self._clock() + SECONDS_PER_LOOK)
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
             accepted += not self._intake.waits(entry, now=now)
@@ -130,11 +129,10 @@ class Reception:
 
 
 def _mixed(entries: list[Ready]) -> list[Ready]:
-    """In order, as long as one child can check them all. Of a flood the first ones are taken from everywhere in it.
+    """In order, as long as one child can check them all; those of a flood as if shuffled, the same way at every look.
 
     Where some are bad, their neighbours are likely to be bad too, and a good one should not have to wait for all those.
     """
     if len(entries) <= CHECKED_AT_ONCE:
         return entries
-    stride = -(-len(entries) // CHECKED_FIRST)
-    return [entry for offset in range(stride) for entry in entries[offset::stride]]
+    return sorted(entries, key=lambda entry: hashlib.sha256(os.fsencode(entry.name)).digest())

@@ -57,12 +57,13 @@ def _make_durable(dropped: Path) -> None:
 def rejections(root: DataRoot, *, newest: int | None = None) -> Iterator[dict[str, Any]]:
     """The error.json of every rejected file (or of so many of the newest), oldest first.
 
-    Folders without a readable one are left out.
+    Folders without a readable one, or without the file (it is still in the inbox), are left out.
     """
     names = sorted(os.listdir(root.rejected))  # noqa: PTH208  (10,000 of them: names are enough)
     for name in names if newest is None else names[len(names) - min(newest, len(names)) :]:
         try:
-            yield read_json(root.rejected / name / ERROR_JSON)
+            if holds_a_file(root.rejected / name):
+                yield read_json(root.rejected / name / ERROR_JSON)
         except (FileNotFoundError, NotADirectoryError, ValueError):
             continue
 
@@ -71,14 +72,17 @@ def remove_unfinished(root: DataRoot) -> list[str]:
     """At start-up: folders whose file never arrived (a crash before the rename). The file is still in the inbox."""
     removed = []
     for folder in root.rejected.iterdir():
-        kept = folder / _FILE_FOLDER
-        if not folder.is_dir() or folder.is_symlink():
-            continue
-        inside = {entry.name for entry in folder.iterdir()} - set(_OWN_FILES)
-        if not inside or (inside == {_FILE_FOLDER} and kept.is_dir() and not any(kept.iterdir())):
+        if folder.is_dir() and not folder.is_symlink() and not holds_a_file(folder):
             shutil.rmtree(folder)
             removed.append(folder.name)
     return removed
+
+
+def holds_a_file(folder: Path) -> bool:
+    """True when the refused file has arrived in its folder."""
+    kept = folder / _FILE_FOLDER
+    inside = {entry.name for entry in folder.iterdir()} - set(_OWN_FILES)
+    return bool(inside) and not (inside == {_FILE_FOLDER} and kept.is_dir() and not any(kept.iterdir()))
 
 
 def _text(name: str, error: DropforgeError, folder: Path) -> str:

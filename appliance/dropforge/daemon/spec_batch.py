@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dropforge.errors import SpecError
+from dropforge.errors import EnvironmentFault, SpecError
 from dropforge.files import sha256_bytes
 from dropforge.spec_check import (
     CPU_SECONDS,
@@ -51,7 +51,7 @@ class SpecChecker:
         unknown = [spec for spec, key in zip(specs, keys, strict=True) if key not in self._ahead]
         if self._check is check_in_child and len(unknown) > 1:
             verdicts = check_batch(unknown)
-            self._ahead |= {_key(*spec): verdict for spec, verdict in zip(unknown, verdicts, strict=True)}
+            self._ahead |= {_key(*spec): verdict for spec, verdict in zip(unknown, verdicts, strict=False)}
 
     def check(self, raw: bytes, *, filename: str) -> CheckedSpec:
         """Raises SpecError with every problem found."""
@@ -64,12 +64,15 @@ class SpecChecker:
 
 
 def check_batch(specs: Sequence[SpecFile], *, wall_seconds: float = WALL_SECONDS) -> list[CheckedSpec | SpecError]:
-    """One verdict per spec, in order, whatever the specs do to the child."""
+    """One verdict per spec, in order, whatever the specs do to the child; fewer when the machine gives it no time."""
     verdicts: list[CheckedSpec | SpecError] = []
     while len(verdicts) < len(specs):
         verdicts += [_verdict(value) for value in _ask_child(specs[len(verdicts) :], wall_seconds)]
         if len(verdicts) < len(specs):
-            verdicts.append(_alone(specs[len(verdicts)]))
+            try:
+                verdicts.append(_alone(specs[len(verdicts)]))
+            except EnvironmentFault:  # no verdict on the spec; whoever asks for one tries again and is told
+                break
     return verdicts
 
 

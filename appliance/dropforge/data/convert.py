@@ -102,8 +102,11 @@ def convert(
 
 def refuse_mixed(row: Row, match: Match) -> None:
     """A row that lacks every column of its file's format but has those of another is another format."""
-    if match.format == "columns" or any(column in row.fields for column in match.columns.values()):
+    if match.format == "columns":
         return
+    for column in match.columns.values():
+        if column in row.fields:
+            return
     if not any(row.fields.values()):
         return  # an empty object is an empty row, which is dropped and counted
     raise DataError(
@@ -215,8 +218,11 @@ def _content(row: Row, value: Any, number: int) -> str:
 
 
 def _text(row: Row, column: str) -> str:
+    value = row.fields.get(column)
+    if type(value) is str:
+        return value
     try:
-        return to_text(row.fields.get(column))
+        return to_text(value)
     except TypeError as error:
         raise bad_row(row, f"column {column!r}: {error}") from error
 
@@ -239,7 +245,15 @@ def _fill(row: Row, template: ColumnTemplate) -> str:
 def _checked(row: Row, turns: list[Turn], tools: list[dict[str, Any]] | None) -> Conversation | Dropped:
     if not turns:
         return Dropped(row=row, why="the conversation is empty")
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = asked = 0
+    empty = False
+    for turn in turns:
+        role = turn["role"]
+        if role == "assistant":
+            answers += 1
+            empty = empty or not (turn["content"].strip() or "tool_calls" in turn)
+        elif role == "user":
+            asked += bool(turn["content"].strip())
     if not answers:
         raise DataError(
             "a conversation has no assistant turn, so there is nothing to learn",
@@ -248,9 +262,9 @@ def _checked(row: Row, turns: list[Turn], tools: list[dict[str, Any]] | None) ->
             why=f"its roles are {', '.join(turn['role'] for turn in turns)}",
             fix="add the answer, or remove the row",
         )
-    if not all(turn["content"].strip() or "tool_calls" in turn for turn in answers):
+    if empty:
         return Dropped(row=row, why="an answer is empty")
-    if not any(turn["content"].strip() for turn in turns if turn["role"] == "user"):
+    if not asked:
         return Dropped(row=row, why="the question is empty")
     return Conversation(row=row, turns=turns, tools=tools)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from dropforge.errors import DataError
 
-COMPRESSED = (".gz", ".bz2", ".xz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _UTF8_MARK = b"\xef\xbb\xbf"
 # Longest first: the UTF-32 mark begins with the UTF-16 one.
 _OTHER_MARKS = (
@@ -24,14 +26,44 @@ _OTHER_MARKS = (
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open for reading; .gz, .bz2 and .xz are decompressed on the way."""
-    if path.suffix == ".gz":
+    """Open for reading; .gz, .bz2, .xz and .zst are decompressed on the way."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.suffix == ".bz2":
+    if suffix == ".bz2":
         return cast(BinaryIO, bz2.open(path, "rb"))
-    if path.suffix == ".xz":
+    if suffix == ".xz":
         return cast(BinaryIO, lzma.open(path, "rb"))
+    if suffix == ".zst":
+        return _open_zstandard(path)
     return path.open("rb")
+
+
+def _open_zstandard(path: Path) -> BinaryIO:
+    # Arrow brings the codec; Python has one of its own only from 3.14 on.
+    import pyarrow
+
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 18))
+
+
+@contextmanager
+def readable(file: str) -> Iterator[None]:
+    """Damaged compression becomes DataError data-parse."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _damaged(file, error) from error
+    except OSError as error:
+        # What bz2 and Arrow's codec raise has no number; what the disk raises has one.
+        if error.errno is not None:
+            raise
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: str, error: Exception) -> DataError:
+    return DataError(
+        f"{file} cannot be decompressed", code="data-parse", where=file, why=str(error), fix="compress it again"
+    )
 
 
 def text_lines(path: Path, *, file: str) -> Iterator[tuple[int, str]]:
@@ -39,14 +71,14 @@ def text_lines(path: Path, *, file: str) -> Iterator[tuple[int, str]]:
 
     Raises DataError data-encoding (line, likely encoding) or data-parse (damaged compression).
     """
-    try:
-        with open_bytes(path) as stream:
-            for number, raw in enumerate(stream, start=1):
-                yield number, _decode(raw.removeprefix(_UTF8_MARK) if number == 1 else raw, file=file, number=number)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{file} cannot be decompressed", code="data-parse", where=file, why=str(error), fix="compress it again"
-        ) from error
+    with readable(file), open_bytes(path) as stream:
+        yield from decoded_lines(stream, file=file)
+
+
+def decoded_lines(stream: BinaryIO, *, file: str, first: int = 1) -> Iterator[tuple[int, str]]:
+    """The lines of a stream whose first line is number `first`; as `text_lines`."""
+    for number, raw in enumerate(stream, start=first):
+        yield number, _decode(raw.removeprefix(_UTF8_MARK) if number == 1 else raw, file=file, number=number)
 
 
 def whole_text(path: Path, *, file: str) -> str:

@@ -44,7 +44,7 @@ def language(text: str) -> str:
     letters = sum(map(str.isalpha, text))
     if not letters:
         return "?"
-    for name, first, last in _RANGES:
+    for name, first, last in () if text.isascii() else _RANGES:
         share = sum(first <= letter <= last for letter in text) / letters
         if share > (0.05 if name == "ja" else 0.4):
             return name

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-SAMPLE = 20_000
+SAMPLE = 10_000
 """Packing is tried on so many rows."""
 BINS = 12
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,22 +17,26 @@ import numpy as np
 import numpy.typing as npt
 
 from dropforge.data.column_template import ColumnTemplate
-from dropforge.data.convert import Conversation, Document, Dropped, convert
+from dropforge.data.convert import Conversation, Document, convert
 from dropforge.data.detect import Match
 from dropforge.data.languages import language
 from dropforge.data.near import signature
 from dropforge.data.render import Renderer
 from dropforge.data.rows import Row
-from dropforge.data.tokenize import Tokens, document_rows, tokenize_conversations, truncated
+from dropforge.data.sent_tokenizer import sent
+from dropforge.data.token_rows import RowTokenizer, TokenRows, flat
+from dropforge.data.tokenize import IGNORED, document_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST = 20
 """So many dropped or suspicious rows are remembered by number."""
+LANGUAGE_ALL = 1000
+"""Up to this row each is looked at for its language."""
 LANGUAGE_EVERY = 16
-"""Of so many rows one is looked at for its language."""
-_PAIR = ["user", "assistant"]
+"""After that one of so many."""
+_PAIR = ("user", "assistant")
 _LOOSE = re.compile(r"[\W_]+")
 
 
@@ -114,10 +117,16 @@ class Batch:
 class RowProcessor:
     """Turns batches of rows into tokens with one tokenizer. Several threads may use one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, renderer: Renderer | None = None) -> None:
         self.tokenizer = tokenizer
-        self._renderer: Renderer | None = None
+        self._renderer = renderer
+        self._rows: RowTokenizer | None = None
         self._making = Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: with the shapes of conversations that are known here."""
+        tokenizer = sent(self.tokenizer)
+        return _processor, (tokenizer, self._renderer.serving(tokenizer) if self._renderer else None)
 
     @property
     def renderer(self) -> Renderer:
@@ -126,99 +135,163 @@ class RowProcessor:
                 self._renderer = Renderer(self.tokenizer)
             return self._renderer
 
+    @property
+    def row_tokenizer(self) -> RowTokenizer:
+        with self._making:
+            if self._rows is None:
+                self._rows = RowTokenizer(self.tokenizer)
+            return self._rows
+
     def process(self, rows: Sequence[Row], work: Work) -> tuple[Batch, Counts]:
         """Raises DataError with file and row for what cannot be understood."""
         counts = Counts(read=len(rows))
-        kept: list[_Kept] = []
+        documents: list[Document] = []
         conversations: list[Conversation] = []
         for row in rows:
             item = convert(row, work.match, system=work.system, templates=work.templates)
-            if isinstance(item, Dropped):
-                counts.drop(item.row, item.why)
-            elif isinstance(item, Document):
-                if row.number % LANGUAGE_EVERY == 1:
-                    counts.languages[language(item.text)] += 1
-                pieces = document_rows(self.tokenizer, item.text, length=work.length, overlap=work.overlap)
-                for piece in pieces:
-                    self._keep(row, piece, item.text if len(pieces) == 1 else "", work, counts, kept)
-            else:
+            if isinstance(item, Conversation):
                 conversations.append(item)
-        if conversations:
-            render = self.renderer.render
-            rendered = [render(item.turns, where=item.row.where, tools=item.tools) for item in conversations]
-            self._count(conversations, counts)
-            counts.rewritten += sum(item.rewritten for item in rendered)
-            tokens = tokenize_conversations(self.tokenizer, rendered, everything=work.everything, length=work.length)
-            for item, row_tokens in zip(conversations, tokens, strict=True):
-                text = " ".join(turn["content"] for turn in item.turns) if work.loose else ""
-                self._keep(item.row, row_tokens, text, work, counts, kept)
-        return _batch(kept, loose=work.loose, signatures=work.signatures), counts
+            elif isinstance(item, Document):
+                documents.append(item)
+            else:
+                counts.drop(item.row, item.why)
+        # One file is either or: the format is the same for all of its rows.
+        if documents:
+            return self._documents(documents, work, counts), counts
+        return self._conversations(conversations, work, counts), counts
 
-    @staticmethod
-    def _count(conversations: Sequence[Conversation], counts: Counts) -> None:
-        roles: list[str] = []
-        for item in conversations:
-            own = [turn["role"] for turn in item.turns]
-            roles += own
-            if len(counts.systems) < 2:
-                system = item.turns[0]["content"] if own[0] == "system" else None
-                if system not in counts.systems:
-                    counts.systems.append(system)
-            if item.row.number % LANGUAGE_EVERY == 1:
-                counts.languages[language(" ".join(turn["content"] for turn in item.turns))] += 1
-            if own != _PAIR and any(one == two and one in _PAIR for one, two in zip(own, own[1:], strict=False)):
-                counts.repeated_roles += 1
-                if len(counts.repeated_where) < FIRST:
-                    counts.repeated_where.append(item.row.where)
-        counts.roles.update(roles)
+    def _documents(self, documents: Sequence[Document], work: Work, counts: Counts) -> Batch:
+        rows: list[Row] = []
+        texts: list[str] = []
+        ids: list[list[int]] = []
+        labels: list[list[int]] = []
+        for item in documents:
+            if _sampled(item.row.number):
+                counts.languages[language(item.text)] += 1
+            pieces = document_rows(self.tokenizer, item.text, length=work.length, overlap=work.overlap)
+            for piece in pieces:
+                rows.append(item.row)
+                texts.append(item.text if len(pieces) == 1 else "")
+                ids.append(piece.input_ids)
+                labels.append(piece.labels)
+        all_ids, ends = flat(ids)
+        return _batch(TokenRows(ids=all_ids, labels=flat(labels)[0], ends=ends), rows, texts, work, counts)
 
-    @staticmethod
-    def _keep(row: Row, tokens: Tokens, text: str, work: Work, counts: Counts, kept: list[_Kept]) -> None:
-        full = len(tokens.input_ids)
-        if full > work.length:
-            tokens = truncated(tokens, length=work.length)
-            counts.truncated += 1
-            if len(counts.truncated_where) < FIRST:
-                counts.truncated_where.append(row.where)
-        if tokens.learnt:
-            kept.append(_Kept(row=row, tokens=tokens, text=text, full=full))
-        elif len(tokens.input_ids) == work.length:
-            counts.drop(row, f"no answer begins within the first {work.length} tokens (model.max_seq_length)")
-        else:
-            counts.drop(row, "none of its tokens is learnt")
+    def _conversations(self, conversations: Sequence[Conversation], work: Work, counts: Counts) -> Batch:
+        render = self.renderer.render
+        rendered = [render(item.turns, where=item.row.where, tools=item.tools) for item in conversations]
+        _count(conversations, counts)
+        counts.rewritten += sum(item.rewritten for item in rendered)
+        tokens = self.row_tokenizer.rows(rendered, everything=work.everything, length=work.length)
+        texts = [" ".join([turn["content"] for turn in item.turns]) if work.loose else "" for item in conversations]
+        return _batch(tokens, [item.row for item in conversations], texts, work, counts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
-    """A row with something to learn; `text` is what is compared with other rows, `full` its tokens before cutting."""
-
-    row: Row
-    tokens: Tokens
-    text: str
-    full: int
+def _sampled(number: int) -> bool:
+    """Scattered (Knuth's multiplicative hash), because languages may alternate by row."""
+    return number <= LANGUAGE_ALL or (number * 2654435761 & 0xFFFFFFFF) < (1 << 32) // LANGUAGE_EVERY
 
 
-def _batch(kept: Sequence[_Kept], *, loose: bool, signatures: bool) -> Batch:
-    ids = [array("i", row.tokens.input_ids).tobytes() for row in kept]
-    labels = [array("i", row.tokens.labels).tobytes() for row in kept]
-    digests = _digests(one + other for one, other in zip(ids, labels, strict=True))
+def _processor(tokenizer: PreTrainedTokenizerBase, renderer: Renderer | None) -> RowProcessor:
+    return RowProcessor(tokenizer, renderer=renderer)
+
+
+def _count(conversations: Sequence[Conversation], counts: Counts) -> None:
+    shapes: Counter[tuple[str, ...]] = Counter()
+    for item in conversations:
+        turns = item.turns
+        own = tuple([turn["role"] for turn in turns])
+        shapes[own] += 1
+        if len(counts.systems) < 2:
+            system = turns[0]["content"] if own[0] == "system" else None
+            if system not in counts.systems:
+                counts.systems.append(system)
+        if _sampled(item.row.number):
+            counts.languages[language(" ".join([turn["content"] for turn in turns]))] += 1
+        if own != _PAIR and any(one == two and one in _PAIR for one, two in zip(own, own[1:], strict=False)):
+            counts.repeated_roles += 1
+            if len(counts.repeated_where) < FIRST:
+                counts.repeated_where.append(item.row.where)
+    for own, times in shapes.items():
+        for role in own:
+            counts.roles[role] += times
+
+
+def _batch(tokens: TokenRows, rows: Sequence[Row], texts: Sequence[str], work: Work, counts: Counts) -> Batch:
+    """Cut to `work.length`, and without the rows that have nothing to learn; both are counted."""
+    full = np.diff(tokens.ends, prepend=0)
+    for index in np.flatnonzero(full > work.length).tolist():
+        counts.truncated += 1
+        if len(counts.truncated_where) < FIRST:
+            counts.truncated_where.append(rows[index].where)
+    lengths = np.minimum(full, work.length)
+    learnt = _learnt(tokens, lengths)
+    kept = np.flatnonzero(learnt > 0)
+    for index in np.flatnonzero(learnt <= 0).tolist():
+        too_long = lengths[index] == work.length
+        counts.drop(
+            rows[index],
+            f"no answer begins within the first {work.length} tokens (model.max_seq_length)"
+            if too_long
+            else "none of its tokens is learnt",
+        )
+    ids, labels, ends = tokens.ids, tokens.labels, tokens.ends
+    if len(kept) < len(rows) or counts.truncated:
+        chosen = _positions(tokens.ends - full, lengths, kept)
+        ids, labels, ends = ids[chosen], labels[chosen], np.cumsum(lengths[kept])
+    digests = _row_digests(ids, labels, ends)
+    said = [texts[index] for index in kept.tolist()]
     return Batch(
-        ids=np.frombuffer(b"".join(ids), dtype=np.int32),
-        labels=np.frombuffer(b"".join(labels), dtype=np.int32),
-        ends=np.cumsum([len(row.tokens.input_ids) for row in kept], dtype=np.int64),
-        numbers=np.asarray([row.row.number for row in kept], dtype=np.int64),
-        digests=digests,
-        loose=_digests(_LOOSE.sub("", row.text.casefold()).encode() or own for row, own in zip(kept, ids, strict=True))
-        if loose
-        else digests,
-        learnt=np.asarray([row.tokens.learnt for row in kept], dtype=np.int32),
-        full=np.asarray([row.full for row in kept], dtype=np.int32),
-        signatures=np.stack([signature(row.text) for row in kept])
-        if signatures and kept
+        ids=ids, labels=labels, ends=ends, digests=digests,
+        numbers=np.asarray([rows[index].number for index in kept.tolist()], dtype=np.int64),
+        loose=_loose_digests(said, ids, ends) if work.loose else digests,
+        learnt=learnt[kept].astype(np.int32),
+        full=full[kept].astype(np.int32),
+        signatures=np.stack([signature(text) for text in said])
+        if work.signatures and said
         else np.empty((0, 32), dtype=np.uint32),
+    )  # fmt: skip
+
+
+def _learnt(tokens: TokenRows, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(R,) tokens that the loss sees of each row's first `lengths`; the first of a row is never predicted."""
+    begins = np.concatenate([[0], tokens.ends[:-1]]).astype(np.int64)[: len(tokens.ends)]
+    so_far = np.concatenate([[0], np.cumsum(tokens.labels != IGNORED)])
+    found: npt.NDArray[np.int64] = so_far[begins + lengths] - so_far[np.minimum(begins + 1, begins + lengths)]
+    return found
+
+
+def _positions(
+    begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Where the first `lengths` tokens of the chosen rows stand."""
+    sizes = lengths[rows]
+    starts = np.repeat(begins[rows] - (np.cumsum(sizes) - sizes), sizes)
+    return starts + np.arange(len(starts))
+
+
+def _row_digests(
+    ids: npt.NDArray[np.int32], labels: npt.NDArray[np.int32], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint64]:
+    one, two = memoryview(ids.tobytes()), memoryview(labels.tobytes())
+    stops = (ends * ids.itemsize).tolist()
+    found = []
+    for start, stop in zip([0, *stops], stops, strict=False):
+        digest = hashlib.blake2b(one[start:stop], digest_size=8)
+        digest.update(two[start:stop])
+        found.append(digest.digest())
+    return np.frombuffer(b"".join(found), dtype="<u8").astype(np.uint64)
+
+
+def _loose_digests(
+    texts: Sequence[str], ids: npt.NDArray[np.int32], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint64]:
+    """Of the letters and digits of each text, or of its tokens where it has none."""
+    own = memoryview(ids.tobytes())
+    stops = (ends * ids.itemsize).tolist()
+    contents = (
+        _LOOSE.sub("", text.casefold()).encode() or own[start:stop]
+        for text, start, stop in zip(texts, [0, *stops], stops, strict=False)
     )
-
-
-def _digests(contents: Any) -> npt.NDArray[np.uint64]:
     raw = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return np.frombuffer(raw, dtype="<u8").astype(np.uint64)

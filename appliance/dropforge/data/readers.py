@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ Warn = Callable[[str], None]
 Reader = Callable[[Path, str, Warn], Iterator[Row]]
 PARQUET_BATCH_ROWS = 1024
 DELIMITERS = ",;\t|"
+_JSON_BLANKS = " \t\n\r"
 # Python's limit of 128 KiB per cell is smaller than many documents.
 CELL_LIMIT = 2**31 - 1
 
@@ -31,7 +32,7 @@ def read_rows(path: Path, *, file: str, warn: Warn) -> Iterator[Row]:
 
 
 def reader_for(path: Path, *, file: str) -> Reader:
-    """The reader for a file name; `.gz`, `.bz2` and `.xz` behind a text type are looked through."""
+    """The reader for a file name; `.gz`, `.bz2`, `.xz` and `.zst` behind a text type are looked through."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     suffix = name.suffix.lower()
     reader = READERS.get(suffix)
@@ -48,8 +49,21 @@ def reader_for(path: Path, *, file: str) -> Reader:
 
 def read_jsonl(path: Path, file: str, warn: Warn) -> Iterator[Row]:
     """One JSON object per line; empty lines are skipped."""
-    for number, line in text_lines(path, file=file):
-        if line.strip():
+    yield from json_rows(text_lines(path, file=file), file=file)
+
+
+def json_rows(lines: Iterable[tuple[int, str]], *, file: str) -> Iterator[Row]:
+    """A row per line (with its number) that is not blank. Raises DataError data-parse."""
+    decode = json.JSONDecoder().raw_decode
+    for number, line in lines:
+        try:
+            value, end = decode(line)
+            whole = not line[end:].strip(_JSON_BLANKS)
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            yield Row(file=file, number=number, fields=_object(value, file, number))
+        elif line.strip():  # blanks in front, or a fault, which the decoder words
             yield Row(file=file, number=number, fields=_object(_json(line, file, number), file, number))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
+from dropforge.data.blocks import Block, row_blocks
 from dropforge.data.cache import TokenCache, entry_key, tokenizer_hash
 from dropforge.data.column_template import ColumnTemplate, parse
 from dropforge.data.detect import Match, detect
@@ -21,9 +22,6 @@ from dropforge.spec import ColumnsFormat, SourceSpec, Spec
 
 SAMPLE_ROWS = 100
 """So many rows decide the format."""
-BATCH_ROWS = 512
-BATCH_CHARACTERS = 4_000_000
-"""A batch ends early when its texts are long, so that memory stays bounded."""
 Templates = tuple[ColumnTemplate, ColumnTemplate]
 
 
@@ -71,7 +69,8 @@ class Reading:
         number = len(self.parts)
         self.parts.append(part.name)
         counts = Counts()
-        for batch, more in self._results(part, work, chain(sample, rows)):
+        blocks = part.lines() if part.lines else row_blocks(chain(sample, rows))
+        for batch, more in self._results(part, work, blocks):
             counts.add(more)
             table.add(batch, source=source, part=number)
         self.counts.add(counts)
@@ -82,7 +81,7 @@ class Reading:
             )
         )  # fmt: skip
 
-    def _results(self, part: Part, work: Work, rows: Iterable[Row]) -> Iterator[Result]:
+    def _results(self, part: Part, work: Work, blocks: Iterable[Block]) -> Iterator[Result]:
         """From the cache, or made now and kept there."""
         key = entry_key(
             content=part.sha256, rows=f"{part.name} {part.chosen}", work=work,
@@ -97,7 +96,7 @@ class Reading:
         writer = self.cache.writer(key)
         counts = Counts()
         try:
-            for batch, more in self.pool.run(_batches(iter(rows)), work):
+            for batch, more in self.pool.run(blocks, work):
                 counts.add(more)
                 if writer is not None:
                     writer.add(batch)
@@ -157,19 +156,6 @@ class Reading:
 def _with_counts(batches: Iterator[Batch], counts: Counts) -> Iterator[Result]:
     """The counts of the whole file go with its first batch."""
     yield from ((batch, more) for batch, more in zip(batches, chain([counts], iter(Counts, None)), strict=False))
-
-
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += row.size
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _parse(text: str, name: str) -> ColumnTemplate:

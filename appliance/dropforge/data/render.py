@@ -12,45 +12,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dropforge.data.convert import Turn
-from dropforge.data.opaque import LookedAtError, Watched, probes
+from dropforge.data.opaque import PLAIN, Form, LookedAtError, Question, Watched, forms_in, probes
+from dropforge.data.shapes import Rendered, Shape, answers_alike, joined, match
 from dropforge.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-CALL_ENDS = ("<|eom_id|>", "<|call|>")
-"""Markers that end a turn with a tool call where another one ends an answer (Llama 3.1's built-in tools, harmony)."""
+CALL_ENDS = ("<|eom_id|>", "<|call|>", "<|tool_response>")
+"""Markers that a model writes behind a tool call where another one ends an answer (Llama 3.1's built-in tools, harmony,
+Gemma 4).
+"""
+EARLIER_ENDS = ("<|end|>",)
+"""Markers in place of the end marker behind earlier answers (harmony); a model never writes them there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
-    """A conversation as text; `spans` are [start, end) character positions of what is learnt, in order."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    rewritten: bool
-    """The template changed a content by more than trimming it, for example by splitting off reasoning."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """The template's text around the contents of one sequence of roles.
-
-    `pieces[i]` stands before content i, the last piece after the last content. For an assistant turn, the last
-    `leads[i]` characters of `pieces[i]` come after the generation prompt; the first `ends[i]` of `pieces[i + 1]` end
-    the turn.
-    """
-
-    pieces: tuple[str, ...]
-    leads: tuple[int, ...]
-    ends: tuple[int, ...]
-    strips: tuple[bool, ...] | None = None
-    """Per content whether the template strips it, if that is all it does with contents; None when it may do more."""
+COMPARED_EVERY = 1000
+"""Of so many rows that are joined one is also rendered."""
 
 
 class Renderer:
@@ -58,30 +42,43 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._shapes: dict[tuple[str, ...], _Shape] = {}
+        self._shapes: dict[tuple[str, ...], Shape] = {}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.all_special_tokens)
         self._special = re.compile(
             "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or r"(?!)"
         )
+        self._joined: dict[tuple[str, ...], int] = {}
+        self._compares = True
         self.end_of_turn = self._end_of_turn()
+
+    def serving(self, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        """The same renderer, with everything it knows, for another object of the same tokenizer."""
+        other = copy(self)
+        other._tokenizer, other._shapes = tokenizer, dict(self._shapes)
+        other._compares = False  # a worker would have to import all of the tokenizer for it
+        return other
 
     def render(self, turns: Sequence[Turn], *, where: str, tools: Sequence[dict[str, Any]] | None = None) -> Rendered:
         """Raises DataError data-template-refused (the template raised) or data-template-unstable, with `where`."""
-        if tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in turns):
+        roles = tuple([turn["role"] for turn in turns])
+        if tools or "tool" in roles or max(map(len, turns)) > 2:
             return self._render_tools(turns, where=where, tools=tools)
-        roles = tuple(turn["role"] for turn in turns)
         if roles not in self._shapes:
             self._shapes[roles] = self._shape(roles, where)
         shape = self._shapes[roles]
-        if shape.strips is not None:
-            return _joined(turns, shape, shape.strips)
+        if shape.forms is not None and answers_alike(turns, shape):
+            made = joined(turns, shape, shape.forms)
+            self._compare(turns, made, roles, where)
+            return made
         text = self._template(turns, where=where)
         leads = shape.leads
-        contents = _match(text, shape.pieces, [turn["content"] for turn in turns])
+        contents = match(text, shape.pieces, [turn["content"] for turn in turns])
         if contents is None:
             contents, leads = self._search(text, shape), (0,) * len(turns)
         if contents is None:
+            if _blank_system(turns) and self._template(turns[1:], where=where) == text:
+                return self.render(turns[1:], where=where)  # a template may leave out a system turn that says nothing
             raise _unstable(where, "the template rewrites the contents of this row in a way that cannot be followed")
         spans = tuple(
             (start - leads[i], end + shape.ends[i])
@@ -131,8 +128,8 @@ class Renderer:
             prompt = self._template(turns[:index], where=where, generation=True, tools=tools) if index else ""
             known = prompt and text.startswith(prompt) and len(prompt) >= after
             start = len(prompt) if known else self._marker(text, after)
-            end = self._turn_end(text, start)
-            if start < 0 or end < start:
+            end = self._turn_end(text, turn, start) if start >= 0 else -1
+            if end < start or start < 0:
                 raise _unstable(where, f"turn {index + 1} cannot be found in what the template writes")
             span = text[start:end]
             self._check_turn(turn, span, where=where, number=index + 1)
@@ -153,17 +150,22 @@ class Renderer:
         start = found + len(marker)
         return start + len(more) if text.startswith(more, start) else start
 
-    def _turn_end(self, text: str, start: int) -> int:
-        """Behind the special token that ends the turn at `start`; the whole rest when the template has none."""
-        ends = [end for end in (self.end_of_turn, *CALL_ENDS) if end]
-        found = [(text.find(end, start), end) for end in ends]
-        return min((at + len(end) for at, end in found if at >= 0), default=len(text))
+    def _turn_end(self, text: str, turn: Turn, start: int) -> int:
+        """Behind the token that ends the turn at `start`, looked for behind all that the turn says; the whole rest when
+        the template has none.
+        """
+        calls = [call["function"]["name"] for call in turn.get("tool_calls", ())]
+        for said in (turn.get("reasoning_content", ""), _without_reasoning(turn["content"]), *calls):
+            at = text.find(said.strip(), start)
+            start = at + len(said.strip()) if at >= 0 else start
+        ends = [(end, len(end)) for end in (self.end_of_turn, *CALL_ENDS) if end] + [(end, 0) for end in EARLIER_ENDS]
+        found = [(at, -learnt) for at, learnt in ((text.find(end, start), learnt) for end, learnt in ends) if at >= 0]
+        at, learnt = min(found, default=(len(text), 0))
+        return at - learnt
 
     def _check_turn(self, turn: Turn, span: str, *, where: str, number: int) -> None:
         """Everything the turn says must stand in its span."""
-        content = turn["content"].strip()
-        if "</think>" in content:
-            content = content.rpartition("</think>")[2].strip()
+        content = _without_reasoning(turn["content"]).strip()
         if content and content not in span:
             raise _unstable(where, f"the text of turn {number} is not where the template should put it")
         for call in turn.get("tool_calls", ()):
@@ -188,7 +190,7 @@ class Renderer:
             raise _refused(where, str(error), turns) from error
         return str(rendered)
 
-    def _shape(self, roles: tuple[str, ...], where: str) -> _Shape:
+    def _shape(self, roles: tuple[str, ...], where: str) -> Shape:
         marks = [f"@{index}-content-of-turn@" for index in range(len(roles))]
         turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         text = self._template(turns, where=where)
@@ -206,25 +208,42 @@ class Renderer:
             leads.append(self._lead(turns[:index], so_far, pieces[index], where) if role == "assistant" else 0)
             ends.append(self._end(pieces[index + 1]) if role == "assistant" else 0)
             so_far += marks[index]
-        shape = _Shape(pieces=tuple(pieces), leads=tuple(leads), ends=tuple(ends))
-        return replace(shape, strips=self._strips(roles, shape))
+        shape = Shape(pieces=tuple(pieces), leads=tuple(leads), ends=tuple(ends))
+        forms, asked = self._forms(roles, shape)
+        return replace(shape, forms=forms, asked=asked)
 
-    def _strips(self, roles: tuple[str, ...], shape: _Shape) -> tuple[bool, ...] | None:
-        """Whether each content is stripped; None when the template does more with contents than write them."""
-        done: list[tuple[bool, ...]] = []
-        for probe in probes(str(self._tokenizer.chat_template)):
-            contents = [Watched.of(probe) for _ in roles]
-            turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-            try:
-                text = self._template(turns, where="probe")
-            except (LookedAtError, DataError):
-                return None
-            strips = tuple(bool(content.stripped) for content in contents)
-            plain = [{"role": role, "content": probe} for role in roles]
-            if text != _joined(plain, shape, strips).text:
-                return None
-            done.append(strips)
-        return done[0] if done[0] == done[1] else None
+    def _forms(
+        self, roles: tuple[str, ...], shape: Shape
+    ) -> tuple[tuple[Form, ...] | None, tuple[tuple[int, Question], ...]]:
+        """How each content is written, and what was asked about it; None when the template does more than that."""
+        for pair in (probes(str(self._tokenizer.chat_template)), PLAIN):
+            one, two = (self._probed(roles, shape, probe) for probe in pair)
+            if one is not None and one == two and (pair is PLAIN or not one[1]):
+                return one
+        return None, ()
+
+    def _probed(
+        self, roles: tuple[str, ...], shape: Shape, probe: str
+    ) -> tuple[tuple[Form, ...], tuple[tuple[int, Question], ...]] | None:
+        contents = [Watched.of(probe) for _ in roles]
+        turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        try:
+            text = self._template(turns, where="probe")
+        except (LookedAtError, DataError):
+            return None
+        forms = forms_in(text, shape.pieces, contents)
+        if forms is None:
+            return None
+        asked = dict.fromkeys((index, question) for index, content in enumerate(contents) for question in content.asked)
+        return forms, tuple(asked)
+
+    def _compare(self, turns: Sequence[Turn], made: Rendered, roles: tuple[str, ...], where: str) -> None:
+        """One row in COMPARED_EVERY of a shape is rendered for real too: the proof is not trusted blindly."""
+        if not self._compares:
+            return
+        number = self._joined[roles] = self._joined.get(roles, 0) + 1
+        if number % COMPARED_EVERY == 1 and self._template(turns, where=where) != made.text:
+            raise _unstable(where, "the template writes this row in another way than the rows before it")
 
     def _lead(self, turns: Sequence[Turn], so_far: str, piece: str, where: str) -> int:
         """How much of the text before an answer the model has to produce itself (a space, an empty reasoning block)."""
@@ -245,7 +264,7 @@ class Renderer:
         found = self._special.search(tail)
         return tail[: found.end()] if found else ""
 
-    def _search(self, text: str, shape: _Shape) -> list[tuple[int, int]] | None:
+    def _search(self, text: str, shape: Shape) -> list[tuple[int, int]] | None:
         """Contents as what stands between the pieces, if each piece holds a special token and so is unmistakable.
 
         What the model has to produce before an answer counts as part of it here, since the template may have filled it
@@ -266,37 +285,12 @@ class Renderer:
         return spans
 
 
-def _joined(turns: Sequence[Turn], shape: _Shape, strips: Sequence[bool]) -> Rendered:
-    """What a template writes that does nothing with contents but write (and strip) them."""
-    parts = [shape.pieces[0]]
-    spans = []
-    position = len(shape.pieces[0])
-    for index, turn in enumerate(turns):
-        content = turn["content"].strip() if strips[index] else turn["content"]
-        end = position + len(content)
-        if turn["role"] == "assistant":
-            spans.append((position - shape.leads[index], end + shape.ends[index]))
-        piece = shape.pieces[index + 1]
-        parts += (content, piece)
-        position = end + len(piece)
-    return Rendered(text="".join(parts), spans=tuple(spans), rewritten=False)
+def _without_reasoning(content: str) -> str:
+    return content.rpartition("</think>")[2]
 
 
-def _match(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Where the contents stand if `text` is pieces and contents in turn, each content whole or trimmed; else None."""
-    position = len(pieces[0])
-    if not text.startswith(pieces[0]):
-        return None
-    spans = []
-    for content, piece in zip(contents, pieces[1:], strict=True):
-        for form in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
-            if text.startswith(form, position) and text.startswith(piece, position + len(form)):
-                break
-        else:
-            return None
-        spans.append((position, position + len(form)))
-        position += len(form) + len(piece)
-    return spans if position == len(text) else None
+def _blank_system(turns: Sequence[Turn]) -> bool:
+    return turns[0]["role"] == "system" and not turns[0]["content"].strip()
 
 
 def _refused(where: str, why: str, turns: Sequence[Turn]) -> DataError:

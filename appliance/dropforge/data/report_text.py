@@ -12,13 +12,15 @@ _LEARNT, _OFF = "\x1b[30;42m", "\x1b[0m"
 
 def report_text(report: DataReport, *, tokenizer: str, colour: bool = False) -> str:
     """The whole report. `tokenizer` says in words which tokenizer counted; what is learnt is green, or in [[ ]]."""
-    lines = ["FILES"]
+    lines = [_summary(report), "", "FILES"]
     for file in report.files:
         lines.append(f"  {file.path}: {file.rows:,} rows, {_size(file.bytes)}, format {file.format}")
         lines.append(f"    because {file.format_reason}")
     lines += ["", "ROWS", *_indent(_rows(report))]
-    lines += ["", f"LENGTHS in tokens, counted with {tokenizer}", *_indent(_lengths(report))]
-    lines += ["", "PACKING: short rows joined into long ones", *_indent(_packing(report))]
+    lines += ["", "LENGTHS of rows in tokens (about four letters of English each)", f"  counted with {tokenizer}"]
+    lines += _indent(_lengths(report))
+    lines += ["", "PACKING: several rows side by side in a longer one, so that less is padding"]
+    lines += _indent(_packing(report))
     if report.examples:
         lines += ["", "EXAMPLES as the model sees them; " + ("green is learnt" if colour else "[[ ]] is learnt")]
         for number, pieces in enumerate(report.examples, start=1):
@@ -33,6 +35,14 @@ def data_card(report: DataReport, *, tokenizer: str) -> str:
     return f"# Data card\n\nWhat this model learnt from, as it was understood and masked.\n\n```text\n{text}\n```\n"
 
 
+def _summary(report: DataReport) -> str:
+    """What a reader in a hurry takes away."""
+    dropped = f", {report.rows_dropped:,} of {report.rows_read:,} dropped" if report.rows_dropped else ""
+    warned = len(report.warnings)
+    noted = f"{warned} warning{'s' * (warned > 1)} at the end" if warned else "no warnings"
+    return f"{report.rows:,} rows to train on{dropped}; {noted}."
+
+
 def _rows(report: DataReport) -> list[str]:
     lines = [f"read        {report.rows_read:,}"]
     lines += [f"dropped     {count:,}: {why}" for why, count in report.dropped_reasons.items()]
@@ -42,7 +52,8 @@ def _rows(report: DataReport) -> list[str]:
     if report.contaminated_rows:
         lines.append(f"in both     {report.contaminated_rows:,} training rows are evaluation rows too")
     lines.append(f"training    {report.rows:,} per epoch, {report.tokens:,} tokens, {_share(report)} of them learnt")
-    lines.append(f"evaluation  {report.eval_rows:,}")
+    aside = "" if report.eval_rows else " (data.eval: {fraction: 0.05} would keep some aside to measure with)"
+    lines.append(f"evaluation  {report.eval_rows:,}{aside}")
     if len(report.sources) > 1:
         lines.append("mix:")
         for path, weight, before, after in report.sources:
@@ -52,7 +63,8 @@ def _rows(report: DataReport) -> list[str]:
         lines.append("turns       " + ", ".join(f"{role} {count:,}" for role, count in report.roles.items()))
     if report.languages:
         found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in report.languages.items())
-        lines.append(f"languages   {found} (guessed; ? is too short to tell)")
+        unknown = "; ?: too short to tell" if "?" in report.languages else ""
+        lines.append(f"languages   {found} (guessed{unknown})")
     if report.system:
         lines.append(f"system text {report.system[:200]!r} in every conversation")
     return lines
@@ -68,7 +80,8 @@ def _lengths(report: DataReport) -> list[str]:
     lines = []
     for low, high, count in report.histogram:
         bar = "#" * (max(1, round(WIDTH * count / top)) if count else 0)
-        lines.append(f"{low:>{width},} to {high:>{width},}  {bar:<{WIDTH}}  {count:,}")
+        span = f"{low:>{width},} to {high:>{width},}" if low < high else f"{low:>{width},}    {'':>{width}}"
+        lines.append(f"{span}  {bar:<{WIDTH}}  {count:,}")
     lines.append(f"mean {report.mean_length:.0f}, longest {report.longest:,} (after cutting)")
     if report.truncated:
         lines.append(f"cut to the maximum length: {report.truncated:,} rows")
@@ -78,8 +91,8 @@ def _lengths(report: DataReport) -> list[str]:
 
 def _packing(report: DataReport) -> list[str]:
     return [
-        f"rows of {entry.budget:>6,} tokens: {100 * entry.efficiency:5.1f} % full, {entry.rows:,} of them "
-        f"(alone, one row each: {100 * entry.alone:.1f} %)"
+        f"at {entry.budget:>6,} tokens: {100 * entry.efficiency:5.1f} % full in {entry.rows:,} packed rows "
+        f"(unpacked: {100 * entry.alone:.1f} %)"
         for entry in report.packing
     ] or ["nothing to pack"]
 

@@ -29,6 +29,23 @@ class Markers:
     """Text that may follow `response` and is given to the model too."""
     instruction: str | None = None
     end: str | None = None
+    loose: bool = False
+    """As many of the signs of `more` as are there are given to the model, not all or none; and an answer does not end
+    with the blanks before the next `instruction`.
+    """
+
+
+def given_markers(instruction: str, response: str, *, exact: bool) -> Markers:
+    """Markers named by hand; not `exact`: without the blanks and line breaks around them.
+
+    Raises DataError api-no-markers for one that is nothing but blanks then.
+    """
+    if exact:
+        return Markers(response=response, instruction=instruction)
+    if not response.strip() or not instruction.strip():
+        raise _no_markers("a marker holds nothing but blanks, which force_match=False leaves away")
+    more = response[len(response.rstrip()) :]
+    return Markers(response=response.strip(), more=more, instruction=instruction.strip(), loose=True)
 
 
 def find_markers(tokenizer: PreTrainedTokenizerBase) -> Markers:
@@ -85,15 +102,26 @@ def _answers(text: str, markers: Markers) -> Iterator[tuple[int, int]]:
     position = 0
     while (found := text.find(markers.response, position)) >= 0:
         begin = found + len(markers.response)
-        begin += len(markers.more) if text.startswith(markers.more, begin) else 0
+        begin += _given(text, begin, markers)
         if markers.end is not None:
             at = text.find(markers.end, begin)
             stop = len(text) if at < 0 else at + len(markers.end)
         else:
             at = text.find(markers.instruction or "", begin)
             stop = len(text) if at < 0 else at
+            if markers.loose and at >= 0:
+                stop = max(begin, len(text[:at].rstrip()))
         yield begin, stop
         position = stop
+
+
+def _given(text: str, begin: int, markers: Markers) -> int:
+    """How many characters behind the marker are given to the model too."""
+    if text.startswith(markers.more, begin):
+        return len(markers.more)
+    if not markers.loose:
+        return 0
+    return next(length for length in range(len(markers.more), -1, -1) if text.startswith(markers.more[:length], begin))
 
 
 def _text_and_spans(input_ids: list[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:

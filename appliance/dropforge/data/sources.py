@@ -9,8 +9,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from dropforge.data.blocks import LineBlock, line_blocks
 from dropforge.data.encoding import COMPRESSED
-from dropforge.data.readers import READERS, Warn, read_rows
+from dropforge.data.readers import READERS, Warn, read_jsonl, read_rows, reader_for
 from dropforge.data.rows import Row
 from dropforge.errors import DataError, EnvironmentFault, Reason
 from dropforge.files import sha256_file
@@ -29,6 +30,8 @@ class Part:
     sha256: str
     bytes: int
     rows: Callable[[], Iterator[Row]]
+    lines: Callable[[], Iterator[LineBlock]] | None = None
+    """The same rows as pieces of the file, where all of it is read and its lines are rows."""
     chosen: str = ""
     """Which rows of the file are read, as text."""
 
@@ -47,12 +50,14 @@ def open_source(source: SourceSpec, *, locate: Locate, warn: Warn) -> list[Part]
     start, stop = _slice(source)
     parts = []
     for file, name in _files(path, source.path, warn):
+        whole_lines = (start, stop) == (0, None) and reader_for(file, file=name) is read_jsonl
         parts.append(
             Part(
                 name=name,
                 sha256=sha256_file(file),
                 bytes=file.stat().st_size,
                 rows=partial(_local_rows, file, name=name, warn=warn, start=start, stop=stop),
+                lines=partial(line_blocks, file, file=name) if whole_lines else None,
                 chosen=f"{start}:{stop}",
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +83,13 @@ class TokenTable:
             if not self._sink.closed:
                 self._writer.close()
                 self._sink.close()
-            return datasets.Dataset.from_file(str(self._file)).select(indices)
+            return datasets.Dataset.from_file(str(self._file)).select(indices, new_fingerprint=self._name(indices))
         table = pa.Table.from_batches(self._batches).take(pa.array(indices)).combine_chunks()
-        return datasets.Dataset(datasets.table.InMemoryTable(table))
+        return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=self._name(indices))
+
+    def _name(self, indices: Indices) -> str:
+        """Names the chosen rows by their digests; the library would pickle and hash all of their tokens."""
+        return hashlib.blake2b(self.digests[indices].tobytes(), digest_size=16).hexdigest()
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         chunks = self._columns[name]

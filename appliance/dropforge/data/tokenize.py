@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dropforge.data.render import Rendered
+from dropforge.data.shapes import Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,27 +47,39 @@ def tokenize_conversations(
     is what the model produces there; one that runs past the end of the answer is not.)
     """
     backend = tokenizer.backend_tokenizer  # faster than the tokenizer itself, which copies every offset
+    whole_texts(backend)
+    return [
+        Tokens(input_ids=one.ids, labels=list(one.ids) if everything else mask_of(one, item))
+        for one, item in encoded(backend, rendered, length=length)
+    ]
+
+
+def whole_texts(backend: Any) -> None:
+    """Neither cut texts nor fill them up."""
     if backend.truncation is not None or backend.padding is not None:
         backend.no_truncation()
         backend.no_padding()
-    rows = []
+
+
+def encoded(backend: Any, rendered: Sequence[Rendered], *, length: int | None) -> Iterator[tuple[Any, Rendered]]:
+    """The tokenizers library's Encoding of each text, and the conversation as far as it was tokenised."""
     most = None if length is None else CHARACTERS_PER_TOKEN * length + 1000
     texts = [item.text if most is None or len(item.text) <= most else item.text[:most] for item in rendered]
     for item, text, encoding in zip(
         rendered, texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
     ):
-        if len(text) < len(item.text):
+        if len(text) == len(item.text):
+            yield encoding, item
+        elif length is None or len(encoding.ids) <= length + 1:
             # The last token of a cut text may be another one than in the whole.
-            if length is None or len(encoding.ids) <= length + 1:
-                encoding = backend.encode(item.text, add_special_tokens=False)
-            else:
-                item = Rendered(text=text, spans=_within(item.spans, len(text)), rewritten=item.rewritten)
-        ids = encoding.ids
-        rows.append(Tokens(input_ids=ids, labels=list(ids) if everything else _mask(ids, encoding, item)))
-    return rows
+            yield backend.encode(item.text, add_special_tokens=False), item
+        else:
+            yield encoding, Rendered(text=text, spans=_within(item.spans, len(text)), rewritten=item.rewritten)
 
 
-def _mask(ids: list[int], encoding: Any, item: Rendered) -> list[int]:
+def mask_of(encoding: Any, item: Rendered) -> list[int]:
+    """Labels by the tokenizer's offsets."""
+    ids: list[int] = encoding.ids
     labels = [IGNORED] * len(ids)
     for start, end in item.spans:
         first = _first_ending_behind(encoding, start, item)
@@ -98,8 +110,10 @@ def document_rows(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int,
     beginning of the next one, there with labels -100 (they are context, and were learnt already).
     """
     ids: list[int] = []
+    backend = tokenizer.backend_tokenizer
+    whole_texts(backend)
     for index, part in enumerate(_pieces(text)):
-        ids += tokenizer(part, add_special_tokens=index == 0, verbose=False)["input_ids"]
+        ids += backend.encode_batch_fast([part], add_special_tokens=index == 0)[0].ids
         if index == 0 and len(part) < len(text) and ids[-1:] == [tokenizer.eos_token_id]:
             ids.pop()  # a tokenizer that ends every text itself
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:

@@ -1,113 +1,127 @@
-"""Processes that turn batches of rows into tokens, in order. A worker that dies is named, and its batch done here."""
+"""Processes that turn blocks of rows into tokens, in order. A worker that dies is named, and its blocks done here."""
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import Queue
-from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dropforge.data.blocks import Block
 from dropforge.data.process import Batch, Counts, RowProcessor, Work
-from dropforge.data.rows import Row
+from dropforge.data.worker import READY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Result = tuple[Batch, Counts]
-START_AFTER_ROWS = 100_000
+START_AFTER_ROWS = 20_000
 """Smaller files are done before a worker has imported its libraries."""
 THREADS = 2
 """In this process; tokenizers let other threads run while they work."""
-MIN_CPUS = 4
-"""With fewer the threads use them all, and processes would only add to the work."""
 MAX_WORKERS = 8
 BYTES_PER_WORKER = 1 << 30
 AHEAD = 3
-"""Batches a worker has waiting."""
+"""Blocks a worker has waiting."""
 
 
 def worker_count(cpus: int, *, free_bytes: int) -> int:
     """One per CPU, at most 8, and at most half of the free memory at 1 GiB each; 1 means: no processes."""
-    if cpus < MIN_CPUS:
-        return 1
     return max(1, min(cpus, MAX_WORKERS, free_bytes // 2 // BYTES_PER_WORKER))
 
 
 @dataclass(kw_only=True)
 class _Worker:
-    """A process, its pipe and the batches it was given, oldest first."""
+    """A process, its pipe and the blocks it was given, oldest first."""
 
     number: int
-    process: Any
+    process: subprocess.Popen[bytes]
     pipe: Connection
     waiting: deque[int]
+    ready: bool = False
 
 
 class RowPool:
-    """Processes rows with one tokenizer: the first ones here, more of them in `workers` processes."""
+    """Processes rows with one tokenizer: here until `workers` processes are there to do it."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, workers: int, warn: Callable[[str], None], after: int | None = None
     ) -> None:
         self.local = RowProcessor(tokenizer)
-        self._tokenizer = tokenizer
-        self._wanted = workers
+        self._wanted = workers if workers > 1 else 0
         self._warn = warn
         self._after = START_AFTER_ROWS if after is None else after
+        self._done = 0
         self._workers: list[_Worker] = []
 
-    def run(self, batches: Iterable[Sequence[Row]], work: Work) -> Iterator[Result]:
-        """One result per batch, in the order of the batches. Raises DataError as `RowProcessor.process` does."""
-        source = iter(batches)
-        yield from self._threaded(source, work)
-        following = next(source, None)
-        if following is not None:
-            self._start()
-            yield from self._parallel(chain([following], source), work)
+    def run(self, blocks: Iterable[Block], work: Work) -> Iterator[Result]:
+        """One result per block, in the order of the blocks. Raises DataError as `RowProcessor.process` does."""
+        source = iter(blocks)
+        yield from self._here(source, work)
+        yield from self._there(source, work)
 
-    def _threaded(self, source: Iterator[Sequence[Row]], work: Work) -> Iterator[Result]:
-        """The first batches, in this process: the tokenizer works on one while Python prepares the next."""
-        here = 0
+    def _process(self, block: Block, work: Work) -> Result:
+        return self.local.process(block.rows(), work)
+
+    def _here(self, source: Iterator[Block], work: Work) -> Iterator[Result]:
+        """Blocks done in this process: the tokenizer works on one while Python prepares the next."""
         waiting: deque[Future[Result]] = deque()
         with ThreadPoolExecutor(THREADS, thread_name_prefix="dropforge-data") as threads:
-            for batch in source:
-                waiting.append(threads.submit(self.local.process, batch, work))
-                here += len(batch)
-                if len(waiting) > THREADS:
-                    yield waiting.popleft().result()
-                if here >= self._after and self._wanted > 1:
+            while not self._some_ready():
+                block = next(source, None)
+                if block is None:
                     break
+                waiting.append(threads.submit(self._process, block, work))
+                if len(waiting) > THREADS:
+                    yield self._counted(waiting.popleft().result())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._counted(waiting.popleft().result())
 
-    def _parallel(self, batches: Iterable[Sequence[Row]], work: Work) -> Iterator[Result]:
-        source = enumerate(batches)
-        given: dict[int, Sequence[Row]] = {}
+    def _counted(self, result: Result) -> Result:
+        self._done += result[1].read
+        if self._wanted and self._done >= self._after:
+            self._start()
+        return result
+
+    def _some_ready(self) -> bool:
+        """Whether a worker can be given blocks; hears of those that got so far, and of those that died before."""
+        for worker in list(self._workers):
+            try:
+                if not worker.ready and worker.pipe.poll():
+                    worker.ready = worker.pipe.recv_bytes() == READY
+            except (EOFError, OSError):
+                self._lost(worker)
+        return any(worker.ready for worker in self._workers)
+
+    def _there(self, source: Iterator[Block], work: Work) -> Iterator[Result]:
+        numbered = enumerate(source)
+        given: dict[int, Block] = {}
         turns: deque[tuple[int, _Worker | None]] = deque()
         while True:
-            room = max(1, len(self._workers) * AHEAD) - len(turns)
-            for number, batch in islice(source, max(0, room)):
-                given[number] = batch
-                turns.append((number, self._give(number, batch, work)))
+            self._some_ready()
+            room = max(1, sum(worker.ready for worker in self._workers) * AHEAD) - len(turns)
+            for number, block in islice(numbered, max(0, room)):
+                given[number] = block
+                turns.append((number, self._give(number, block, work)))
             if not turns:
                 return
             number, worker = turns.popleft()
-            batch = given.pop(number)
-            yield self._take(worker, number) or self.local.process(batch, work)
+            block = given.pop(number)
+            yield self._take(worker, number) or self._process(block, work)
 
-    def _give(self, number: int, batch: Sequence[Row], work: Work) -> _Worker | None:
-        """Send a batch to the worker with the least to do; None when there is no worker left."""
-        while self._workers:
-            worker = min(self._workers, key=lambda one: len(one.waiting))
+    def _give(self, number: int, block: Block, work: Work) -> _Worker | None:
+        """Send a block to the worker with the least to do; None when there is no worker left."""
+        while ready := [worker for worker in self._workers if worker.ready]:
+            worker = min(ready, key=lambda one: len(one.waiting))
             try:
-                worker.pipe.send_bytes(pickle.dumps((batch, work), protocol=pickle.HIGHEST_PROTOCOL))
+                worker.pipe.send_bytes(pickle.dumps((block, work), protocol=pickle.HIGHEST_PROTOCOL))
             except OSError:
                 self._lost(worker)
                 continue
@@ -128,10 +142,9 @@ class RowPool:
         return result
 
     def _lost(self, worker: _Worker) -> None:
-        worker.process.join(timeout=5)
-        code = worker.process.exitcode
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
-        rows = f"{len(worker.waiting)} batches" if worker.waiting else "no batch"
+        code = _ended(worker.process)
+        how = f"killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        rows = f"{len(worker.waiting)} blocks of rows" if worker.waiting else "no rows"
         self._warn(
             f"data worker {worker.number} (process {worker.process.pid}) was {how}; {rows} of it are done again in "
             "this process. Signal 9 usually means that memory ran out"
@@ -141,26 +154,29 @@ class RowPool:
         self._workers.remove(worker)
 
     def _start(self) -> None:
-        if self._workers:
+        wanted, self._wanted = self._wanted, 0  # once; those that die are not replaced
+        if not wanted:
             return
-        context = multiprocessing.get_context("spawn")
-        content = pickle.dumps(self._tokenizer, protocol=pickle.HIGHEST_PROTOCOL)
-        for number in range(1, self._wanted + 1):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), name=f"dropforge-data-{number}", daemon=True)
-            process.start()
+        content = pickle.dumps(self.local, protocol=pickle.HIGHEST_PROTOCOL)
+        for number in range(1, wanted + 1):
+            ours, theirs = Pipe()
+            descriptor = theirs.fileno()
+            command = [sys.executable, "-P", "-c", f"from dropforge.data.worker import main; main({descriptor})"]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(descriptor,))
             theirs.close()
-            self._workers.append(_Worker(number=number, process=process, pipe=ours, waiting=deque()))
-            ours.send_bytes(content)
+            worker = _Worker(number=number, process=process, pipe=ours, waiting=deque())
+            self._workers.append(worker)
+            try:
+                ours.send_bytes(content)
+            except OSError:
+                self._lost(worker)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, which keep nothing that could be lost."""
         for worker in self._workers:
             worker.pipe.close()
-            worker.process.join(timeout=5)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.process.kill()
+            worker.process.wait()
         self._workers = []
 
     def __enter__(self) -> RowPool:
@@ -170,26 +186,10 @@ class RowPool:
         self.close()
 
 
-def _work(pipe: Connection) -> None:
-    """A worker's life: a tokenizer, then batches until the pipe closes. None says: do this one yourself."""
-    from dropforge.errors import DropforgeError
-
-    processor = RowProcessor(pickle.loads(pipe.recv_bytes()))
-    given: Queue[bytes | None] = Queue()
-    # The pipe is emptied beside the work: were it full while this process sends a result, both sides would wait.
-    Thread(target=_receive, args=(pipe, given), daemon=True).start()
-    while (content := given.get()) is not None:
-        batch, work = pickle.loads(content)
-        try:
-            result: Result | None = processor.process(batch, work)
-        except DropforgeError:
-            result = None  # the parent meets it again and raises it with its rows
-        pipe.send_bytes(pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL))
-
-
-def _receive(pipe: Connection, given: Queue[bytes | None]) -> None:
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """Exit status of a worker whose pipe is closed; killed when it does not end by itself."""
     try:
-        while True:
-            given.put(pipe.recv_bytes())
-    except (EOFError, OSError):
-        given.put(None)
+        return process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

@@ -71,7 +71,7 @@ def gpu_findings(hardware: Hardware, *, device: str, instruments: Instruments) -
     yield from library_findings(_capabilities(smi), lists)
     for name in names:
         yield from trial_findings(name, answers[name], gpus=len(smi.gpus))
-    yield from llama_findings(llama.result(), gpus=len(smi.gpus))
+    yield from llama_findings(llama.result(), gpus=len(smi.gpus), compiled=bool(lists.get("llama.cpp")))
     if not lists_vllm:
         yield note("vLLM is not installed; jobs that generate with it cannot run")
 
@@ -90,8 +90,13 @@ def trial_findings(name: str, answer: Answer, *, gpus: int) -> Iterator[Finding]
         yield fault(what, fix) if name in REQUIRED_TRIALS else note(what, fix)
 
 
-def llama_findings(listing: str, *, gpus: int) -> Iterator[Finding]:
-    """`listing`: what llama-server --list-devices printed, or why it did not; empty when there is no llama.cpp."""
+def llama_findings(listing: str, *, gpus: int, compiled: bool) -> Iterator[Finding]:
+    """What llama.cpp makes of the GPUs.
+
+    Args:
+        listing: what llama-server --list-devices printed, or why it did not; empty when there is no llama.cpp.
+        compiled: it was built with code for some GPU.
+    """
     if not listing:
         return
     seen = sum(line.lstrip().startswith("CUDA") for line in listing.splitlines())
@@ -99,6 +104,9 @@ def llama_findings(listing: str, *, gpus: int) -> Iterator[Finding]:
         yield ok(f"llama.cpp sees {seen} GPU" + "s" * (seen != 1))
     elif "ggml_cuda" in listing or seen:
         yield note(f"llama.cpp sees {seen} of {gpus} GPUs: {explained(listing)}", find_cause(listing).fix)
+    elif compiled:
+        yield note("llama.cpp could not load its CUDA part, so it works on the CPU",
+                   "ldd on libggml-cuda.so, beside llama-server, names the library it lacks")  # fmt: skip
     else:
         yield note("llama.cpp was built for the CPU: exports work, quantising, checking and chatting are slower",
                    "use the image, whose llama.cpp has CUDA; make llama builds for the CPU alone")  # fmt: skip

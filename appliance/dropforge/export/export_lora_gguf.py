@@ -46,7 +46,7 @@ def export_lora_gguf(stage: Stage, folder: Path) -> Made:
     base = request.work / f"untrained-{inputs.gguf_type}.gguf"
     convert(
         _base_view(stage), base, gguf_type=inputs.gguf_type, name=request.model_id, tools=stage.tools,
-        flags=inputs.flags,
+        metadata=inputs.metadata,
     )  # fmt: skip
     stage.log(f"verifying {path.name}")
     checks = verify_gguf(base, gguf_type=inputs.gguf_type, expected=inputs.expected, tools=stage.tools, lora=path)

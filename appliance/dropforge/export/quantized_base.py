@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +115,10 @@ def _bitsandbytes(reader: TensorReader) -> Made:
         weight, found, _ = name.partition(".weight.quant_state.bitsandbytes__")
         if found:
             shape = tuple(json.loads(bytes(reader.whole(name).numpy()))["shape"])
-            made[weight + WEIGHT] = (shape, lambda name=weight + WEIGHT: _four_bit_matrix(reader, name))
+            made[weight + WEIGHT] = (shape, partial(_four_bit_matrix, reader, weight + WEIGHT))
         elif name.endswith(".SCB"):
             weight = name.removesuffix(".SCB") + WEIGHT
-            made[weight] = (reader.shape(weight), lambda name=weight: _int8_matrix(reader, name))
+            made[weight] = (reader.shape(weight), partial(_int8_matrix, reader, weight))
     return made
 
 
@@ -144,10 +145,7 @@ def _scaled(reader: TensorReader, *, block: tuple[int, int] | None) -> Made:
         if name.endswith(WEIGHT) and scales:
             if f"{name}_zero_point" in reader:
                 raise _refused("compressed-tensors", why=f"{name} has a zero point")
-            made[name] = (
-                reader.shape(name),
-                lambda name=name, scale=scales[0]: _times_scale(reader, name, scale, block),
-            )
+            made[name] = (reader.shape(name), partial(_times_scale, reader, name, scales[0], block))
     return made
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import DropforgeError
+from dropforge.export.base_license import origin
 from dropforge.export.base_weights import BaseWeights, base_weights
 from dropforge.export.calibration import InputStatistics, input_statistics
 from dropforge.export.chat_format import file_template, render, stops, token_ids, turn_end
@@ -63,7 +64,7 @@ class GgufInputs:
     """What every conversion to GGUF takes: the folder as the converter must see it, and what the file must then do."""
 
     view: Path
-    flags: dict[str, bool]
+    metadata: dict[str, bool | int | str]
     gguf_type: str
     """16-bit type of the merged weights."""
     expected: Expected
@@ -215,7 +216,12 @@ class Stage:
             judged=self.merged.judged, texts=self._texts(prefix),
         )  # fmt: skip
         gguf_type = {"float16": "f16", "bfloat16": "bf16"}[self.merged.dtype]
-        return GgufInputs(view=view, flags=self._flags(definition, prefix), gguf_type=gguf_type, expected=expected)
+        return GgufInputs(
+            view=view,
+            metadata=self._flags(definition, prefix) | origin(self.request.model_id, base=self.request.base_path),
+            gguf_type=gguf_type,
+            expected=expected,
+        )
 
     def _convert(self) -> BaseGguf:
         inputs, request = self.gguf_inputs, self.request
@@ -223,7 +229,7 @@ class Stage:
         target = request.work / f"base-{gguf_type}.gguf"
         self.log(f"converting to GGUF ({gguf_type})")
         conversion = convert(
-            inputs.view, target, gguf_type=gguf_type, name=request.name, tools=self.tools, flags=inputs.flags
+            inputs.view, target, gguf_type=gguf_type, name=request.name, tools=self.tools, metadata=inputs.metadata
         )
         self.log(f"comparing the GGUF ({gguf_type}) with the merged model")
         checks = verify_gguf(target, gguf_type=gguf_type, expected=inputs.expected, tools=self.tools)
@@ -231,9 +237,9 @@ class Stage:
             path=target, gguf_type=gguf_type, conversion=conversion, expected=inputs.expected, checks=checks
         )
 
-    def _flags(self, definition: dict[str, Any], prefix: str) -> dict[str, bool]:
+    def _flags(self, definition: dict[str, Any], prefix: str) -> dict[str, bool | int | str]:
         """Metadata that must follow from how the chat template uses the vocabulary."""
-        flags: dict[str, bool] = {}
+        flags: dict[str, bool | int | str] = {}
         if is_sentencepiece(definition):
             # "first" means the start of the whole text; llama.cpp would also put a space after each marker of a chat.
             flags["tokenizer.ggml.add_space_prefix"] = prefix == "always" or (prefix == "first" and not self._chats)

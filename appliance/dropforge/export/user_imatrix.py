@@ -53,7 +53,7 @@ def read_imatrix(path: Path) -> dict[str, Array]:
             stream.seek(0)
             entries = _read_gguf(path) if is_gguf else _read_older(stream)
     except (OSError, ValueError, KeyError, IndexError, struct.error, MemoryError, UnicodeDecodeError) as error:
-        raise _refused(path, "it cannot be read as one", f"{type(error).__name__}: {error}") from error
+        raise _refused(path, "it cannot be read as one", str(error) or type(error).__name__) from error
     if not entries:
         raise _refused(path, "it cannot be read as one", "no entry in it")
     return entries
@@ -83,7 +83,7 @@ def _read_older(stream: BinaryIO) -> dict[str, Array]:
     for _ in range(count):
         (length,) = struct.unpack("<i", stream.read(4))
         if not 0 < length <= LONGEST_NAME:
-            raise ValueError(f"a name of {length} bytes")
+            raise ValueError(f"where its first name should be, it has a number ({length}) that is no length")
         name = stream.read(length).decode()
         _, values = struct.unpack("<ii", stream.read(8))
         data = stream.read(4 * values) if values > 0 else b""

@@ -62,8 +62,8 @@ def attach(
     if isinstance(init, str):
         state.initial = initial_pairs(wrapped, init=init.partition("_niter_")[0])
     hold_in_fp32(wrapped)
-    if state.source.kind == "hub":
-        # PEFT would record the folder of the download, which is of no use on another machine.
+    if state.source.kind != "folder":
+        # PEFT would record where the files lie, which is of no use on another machine.
         wrapped.peft_config["default"].base_model_name_or_path = state.source.id
     return wrapped
 

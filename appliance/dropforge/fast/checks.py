@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 KERNEL_POLICIES = ("auto", "required", "off")
+NAME_BASE = "write the model it was trained on into adapter_config.json, as base_model_name_or_path"
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -47,7 +48,7 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str] | None) -> None:
+def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str] | None, fix: str = "") -> None:
     """Every name must be the last part of some module's path; a text must match a whole path, or be "all-linear"."""
     if names is None or names == "all-linear":
         return
@@ -65,7 +66,7 @@ def check_modules(model: nn.Module, *, argument: str, names: str | Iterable[str]
             code="adapter-target-unknown",
             where=argument,
             why=f"its modules are {', '.join(sorted(known))}",
-            fix=f"did you mean {near[0]!r}?" if near else _choices(argument),
+            fix=fix or (f"did you mean {near[0]!r}?" if near else _choices(argument)),
         )
 
 
@@ -161,10 +162,13 @@ def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=remote_code)
     targets = adapter.get("target_modules")
-    name = f"{folder.name}/adapter_config.json"
+    name, base = f"{folder.name}/adapter_config.json", adapter.get("base_model_name_or_path")
+    fix = f"this adapter is one of another architecture than {base}: {NAME_BASE}"
     if isinstance(targets, list):
-        check_modules(model, argument=f"target_modules of {name}", names=targets)
-    check_modules(model, argument=f"modules_to_save of {name}", names=adapter.get("modules_to_save"))
+        check_modules(model, argument=f"model_name: target_modules of {name}", names=targets, fix=fix)
+    check_modules(
+        model, argument=f"model_name: modules_to_save of {name}", names=adapter.get("modules_to_save"), fix=fix
+    )
     _check_sizes(folder / "adapter_model.safetensors", model, base=str(adapter.get("base_model_name_or_path")))
 
 
@@ -185,8 +189,9 @@ def _check_sizes(path: Path, model: Any, *, base: str) -> None:
             have, side = (shape[1], 1) if rest == "A.weight" else (shape[0], 0)
             if weight is None or weight.shape[side] != have:
                 raise ModelError(
-                    f"this adapter was not trained on {base}", code="adapter-wrong-size", where=name,
+                    f"this adapter was not trained on {base}", code="adapter-wrong-size",
+                    where=f"model_name: {path.parent.name}, {name}",
                     why="the model has no such layer" if weight is None
                     else f"it is {have} wide there, the model {weight.shape[side]}",
-                    fix="write the model it was trained on into adapter_config.json: base_model_name_or_path",
+                    fix=NAME_BASE,
                 )  # fmt: skip

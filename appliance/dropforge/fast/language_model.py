@@ -72,7 +72,7 @@ class FastLanguageModel:
             float32_mixed_precision: False holds the weights of full fine-tuning in 16 bits instead of fp32.
             kernels: "auto" swaps this library's kernels in on a GPU and reports what it could not swap; "required"
                 swaps everywhere and raises instead; "off" trains with transformers' own code.
-            extras: the further names in dropforge.fast.extras.LOADING; docs/guides/porting.md lists what each does.
+            extras: the further names in dropforge.fast.extras.LOADING (docs/reference/python-api.md).
 
         Raises:
             CommandError: api-two-precisions, api-dtype, api-length, api-rope-scaling, api-kernels, api-argument,
@@ -126,14 +126,21 @@ class FastLanguageModel:
     ) -> PreTrainedModel:
         """The model with LoRA matrices as its trained weights, ready to train. Arguments as in PEFT's LoraConfig.
 
-        target_modules: None is the seven projections q, k, v, o, gate, up, down where the model has them, else
-        "all-linear". "embed_tokens" and "lm_head" in it are trained in full (as modules_to_save), in fp32; where the
-        two are one matrix they stay one. Names of parts of a fused layer (qkv_proj, gate_up_proj) mean that layer.
-        use_gradient_checkpointing: True, False, or a text such as "unsloth" or "dropforge", which means True; None is
-        as at loading.
-        random_state: seed of the matrices. max_seq_length: may lower the limit given at loading.
-        init_lora_weights: also "gaussian", "pissa", "olora", "loftq" (which starts from what 4 bits lost).
-        finetune_*: leave out parts of the model; finetune_last_n_layers: only the last ones.
+        Args:
+            r, lora_alpha, lora_dropout, bias, use_rslora, use_dora, layers_pattern, exclude_modules, rank_pattern,
+                alpha_pattern, target_parameters: as in LoraConfig.
+            target_modules: None is the seven projections q, k, v, o, gate, up, down where the model has them, else
+                "all-linear". "embed_tokens" and "lm_head" in it are trained in full (as modules_to_save), in fp32;
+                where the two are one matrix they stay one. Names of parts of a fused layer (qkv_proj, gate_up_proj)
+                mean that layer. One text is an expression for whole paths.
+            use_gradient_checkpointing: True, False, or a text such as "unsloth" or "dropforge", which means True; None
+                is as at loading. On a GPU the memory planner decides what each layer of a patched model keeps.
+            random_state: seed of the matrices.
+            max_seq_length: may lower the limit given at loading.
+            init_lora_weights: also "gaussian", "pissa", "olora", "loftq" (which starts from what 4 bits lost).
+            layers_to_transform, finetune_last_n_layers, finetune_*: which layers and parts of the model are adapted.
+            extras: the further names in dropforge.fast.extras.ADAPTER (docs/reference/python-api.md).
+
         A model loaded with full_finetuning=True is returned without an adapter; one that has this adapter, as it is.
 
         Raises ModelError adapter-target-unknown; CommandError api-not-loaded (not made by from_pretrained),

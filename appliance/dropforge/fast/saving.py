@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import CommandError, ExportError, Problem
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
+from dropforge.export.user_imatrix import check_imatrix
 from dropforge.export_kinds import check_export, normalise_exports
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.paths import ResultFolder
@@ -59,14 +60,18 @@ def save_pretrained_gguf(
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: str | list[str] = "q8_0",
+    *,
+    imatrix_file: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write one verified GGUF per method into the folder. Returns file name -> numbers of its verification.
 
     quantization_method: one name or several, as in a job's `gguf:TYPE` (q4_k_m, q8_0, f16 ...). Needs llama.cpp's
-    tools (`make llama`). Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
+    tools (`make llama`). imatrix_file: an importance matrix of this base model for every quantised file.
+    Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
     """
     kinds = gguf_kinds(quantization_method)
-    reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory))
+    imatrix = Path(imatrix_file) if imatrix_file is not None else None
+    reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory), imatrix=imatrix)
     return {Path(report.path).name: report.checks for report in reports}
 
 
@@ -100,10 +105,14 @@ def _tokenizer(model: Any, given: PreTrainedTokenizerBase | None) -> PreTrainedT
 
 
 def _export(
-    model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], target: Path
-) -> tuple[ExportReport, ...]:
+    model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], target: Path,
+    imatrix: Path | None = None,
+) -> tuple[ExportReport, ...]:  # fmt: skip
     """Run the exporters in a scratch folder beside the target, then move what they made into it."""
-    with exported(model, given, kinds=kinds, name=target.name, beside=target.parent) as (result, reports):
+    with exported(model, given, kinds=kinds, name=target.name, beside=target.parent, imatrix=imatrix) as (
+        result,
+        reports,
+    ):
         target.mkdir(exist_ok=True)
         for report in reports:
             made = result.path / report.path
@@ -114,7 +123,13 @@ def _export(
 
 @contextmanager
 def exported(
-    model: Any, given: PreTrainedTokenizerBase | None, *, kinds: tuple[str, ...], name: str, beside: Path
+    model: Any,
+    given: PreTrainedTokenizerBase | None,
+    *,
+    kinds: tuple[str, ...],
+    name: str,
+    beside: Path,
+    imatrix: Path | None = None,
 ) -> Iterator[tuple[ResultFolder, tuple[ExportReport, ...]]]:
     """A result folder with these exports of the model, all verified, while the block lasts.
 
@@ -123,6 +138,8 @@ def exported(
     from dropforge.fast.language_model import needed_state
 
     state = needed_state(model)
+    if imatrix is not None:
+        check_imatrix(imatrix, base=state.source.path)
     beside.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".dropforge-", dir=beside))
     try:
@@ -132,7 +149,7 @@ def exported(
         request = ExportRequest(
             base_path=state.source.path, tokenizer=scratch / "tokenizer", result=ResultFolder(scratch / "result"),
             work=scratch / "work", kinds=kinds, name=name, slug=slug, model_id=state.source.id,
-            adapter=adapter, full=full, license=license_of(state.source.path),
+            adapter=adapter, full=full, license=license_of(state.source.path), imatrix=imatrix and imatrix.absolute(),
         )  # fmt: skip
         reports = export_all(request, log=lambda text: LOG.info("export: %s", text))
         for report in reports:

@@ -64,6 +64,19 @@ def plan_layers(session: Session, model: nn.Module, *, tokens: int, document: in
     return made
 
 
+def graph_line(plan: MemoryPlan) -> str:
+    """What captured buckets take of a plan's memory.
+
+    They share one pool as large as the activations of the largest, and keep it between steps; a shape's first run is
+    eager and needs as much beside it.
+    """
+    size, room = plan.predicted.activations, plan.request.budget - plan.predicted_peak
+    line = f"memory: captured buckets share {size / 2**30:.1f} GiB, which they keep"
+    if room >= size:
+        return f"{line}; there is room for as much beside them"
+    return f"{line}; a bucket shape that comes for the first time makes them give it up for a moment"
+
+
 def smaller_plan(session: Session, plan: MemoryPlan) -> MemoryPlan | None:
     """After torch ran out of memory: the next plan, in the engine; None when nothing smaller fits."""
     if session.engine is None:

@@ -29,11 +29,17 @@ class BucketReport:
     shape: BucketShape
     way: Way = Way.EAGER
     reason: str = ""
-    """Why it is not captured; empty when it is, or when it has run only once."""
+    """Why it is not captured; empty when it is, or may yet be."""
     runs: int = 0
     capture_seconds: float = 0.0
     graph_bytes: int = 0
     """Memory that the shared pool of graphs grew by."""
+
+    @property
+    def why_not(self) -> str:
+        """Why it is not captured, for a reader of the result."""
+        waits = self.way is Way.EAGER and not self.reason
+        return ("met only once" if self.runs == 1 else "to be captured again") if waits else self.reason
 
 
 @dataclass
@@ -59,6 +65,8 @@ class FastReport:
     """Share of the computed tokens that are real."""
     planned_memory: int = 0
     """Bytes that the engine's plan expected to be allocated at most; 0 without a plan."""
+    planned_graphs: int = 0
+    """Bytes of it that captured buckets are expected to hold between steps as well, in the pool that they share."""
     peak_memory: int = 0
     """Bytes that were allocated at most."""
     peak_reserved: int = 0
@@ -68,11 +76,20 @@ class FastReport:
         """The entry of a shape, made on first use."""
         return self.buckets.setdefault(shape, BucketReport(shape))
 
+    def note(self, text: str) -> None:
+        """Say something, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         own = asdict(replace(self, buckets={}))
         rows = [
-            {**asdict(shape), **{k: v for k, v in asdict(bucket).items() if k != "shape"}, "way": str(bucket.way)}
+            {
+                **asdict(shape),
+                **{k: v for k, v in asdict(bucket).items() if k != "shape"},
+                **{"way": str(bucket.way), "reason": bucket.why_not},
+            }
             for shape, bucket in sorted(self.buckets.items())
         ]
         return own | {"buckets": rows}

@@ -38,7 +38,8 @@ MOST_KEPT = 2 << 30
 """Bytes of gradients that are copied before an eager run. Of a whole model's the copy might be what does not fit."""
 
 MOST_DROPS = 2
-"""Times that graphs are given up before the model is asked to need less: made again, they may be in the way again."""
+"""Times that graphs are given up for a shape that had run before, until the model is asked to need less: made again,
+they are in the way again. The first run of a new shape may always have their room; it needs it once."""
 
 COMPILE_FROM = 3
 """Run of a shape from which compiling is worth its seconds."""
@@ -172,9 +173,9 @@ class BucketStep:
                 gc.collect()
                 if self.cuda:
                     torch.cuda.empty_cache()
-                note = self._make_room() if problem.out_of_memory else problem.text
+                note = self._make_room(new=not slot.warm) if problem.out_of_memory else problem.text
                 if note:
-                    self.report.notes.append(note)
+                    self.report.note(note)
                     continue
                 del undo, self._slots[micro.shape]
                 bucket.way, bucket.reason = Way.SPLIT, problem.text
@@ -229,11 +230,11 @@ class BucketStep:
         for part in parts:
             self.run(part)
 
-    def _make_room(self) -> str:
+    def _make_room(self, *, new: bool) -> str:
         """What was given up for a bucket that did not fit; empty when there is nothing left to give."""
-        note = self._drop_graphs() if self._drops < MOST_DROPS else ""
+        note = self._drop_graphs() if new or self._drops < MOST_DROPS else ""
         if note:
-            self._drops += 1
+            self._drops += not new
             return f"{note}; they are captured again"
         note = self.retreat()
         if note:  # graphs were made for what the layers kept before

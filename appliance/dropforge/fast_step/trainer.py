@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dropforge.fast_step.compiled import LayerCompiler
 from dropforge.fast_step.graph import GraphPool
 from dropforge.fast_step.isolation import packing_obstacle
-from dropforge.fast_step.kernels import plan_layers, smaller_plan
+from dropforge.fast_step.kernels import graph_line, plan_layers, smaller_plan
 from dropforge.fast_step.late_log import LateLog
 from dropforge.fast_step.loader import step_loader
 from dropforge.fast_step.meter import StepMeter
@@ -133,6 +133,9 @@ class FastStepMixin(_Base):
             self._memory = made
             self.report.notes += made.lines()
             self.report.planned_memory = made.predicted_peak
+            if self.fast is not None and self.fast.capture:
+                self.report.planned_graphs = made.predicted.activations
+                self.report.notes.append(graph_line(made))
 
     def _retreat(self) -> str:
         """A plan that needs less memory, in the engine; empty when there is none."""
@@ -201,6 +204,7 @@ class FastStepMixin(_Base):
         with ExitStack() as stack:
             stack.enter_context(packed_attention(model))
             self._meter = StepMeter(self.report, device=device)
+            self._late = LateLog()  # a training that was broken off may have left some
             model.zero_grad = self._zero_grad
             stack.callback(model.__dict__.pop, "zero_grad", None)
             stack.callback(self._end_session)
@@ -210,7 +214,7 @@ class FastStepMixin(_Base):
         self._meter.update()
         optimizer = self._flat_optimizer()
         if optimizer is not None and optimizer.why_not_captured:
-            self.report.notes.append(f"optimizer step not captured: {optimizer.why_not_captured}")
+            self.report.note(f"optimizer step not captured: {optimizer.why_not_captured}")
         if self._feeder is not None:
             self._feeder.close()
         if self._step is not None and self._step.layers is not None:

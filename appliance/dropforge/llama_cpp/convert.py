@@ -30,19 +30,20 @@ class Conversion:
 
 
 def convert(
-    folder: Path, target: Path, *, gguf_type: str, name: str, tools: LlamaCpp, flags: Mapping[str, bool] | None = None
-) -> Conversion:
+    folder: Path, target: Path, *, gguf_type: str, name: str, tools: LlamaCpp,
+    metadata: Mapping[str, bool | int | str] | None = None,
+) -> Conversion:  # fmt: skip
     """Write `target` as f32, f16 or bf16 from a folder that holds no code: config, safetensors, tokenizer.
 
-    `flags` sets metadata that is true or false, such as tokenizer.ggml.add_space_prefix, in place of the converter's
-    own. The child has no network and sees no GPU.
+    `metadata` is set in place of the converter's own, such as tokenizer.ggml.add_space_prefix or general.license.
+    The child has no network and sees no GPU.
     Raises ExportError (export-convert) with the converter's last words.
     """
     assert gguf_type in CONVERTER_TYPES, gguf_type
     # -P: the folder we happen to run in must not lend the converter its modules.
     child = [sys.executable, "-P", "-m", "dropforge.llama_cpp.convert_child"]
     output = run_tool(
-        [*child, tools.converter, folder, target, gguf_type, name, json.dumps(flags or {})],
+        [*child, tools.converter, folder, target, gguf_type, name, json.dumps(metadata or {})],
         what=f"llama.cpp's converter could not read {folder.name}",
         code="export-convert",
         fix="if llama.cpp does not support the architecture, leave gguf and ollama out of `export`",

@@ -1,7 +1,7 @@
 """Front end of llama.cpp's converter, run as a program of its own (see convert.py for its arguments).
 
 The converter's classes are used as they are. A subclass made at run time differs in two points: an unknown
-pre-tokenizer is named by definition, and metadata that is true or false can be set.
+pre-tokenizer is named by definition, and metadata can be set.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dropforge.llama_cpp.pre_tokenizer import recognise
 
 
 def main(arguments: list[str]) -> int:
-    """Arguments: converter folder, model folder, target file, type, model name, metadata flags as JSON."""
-    converter, folder, target, gguf_type, name, flags = arguments
+    """Arguments: converter folder, model folder, target file, type, model name, metadata as JSON."""
+    converter, folder, target, gguf_type, name, metadata = arguments
     # The converter belongs to its own gguf-py, which is newer than the released one.
     sys.path[:0] = [converter, str(Path(converter) / "gguf-py")]
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         except NotImplementedError:
             print(f"llama.cpp's converter does not know the architecture {architecture}")
             return 1
-        model = _repaired(base, found, Path(folder), json.loads(flags))(
+        model = _repaired(base, found, Path(folder), json.loads(metadata))(
             Path(folder), types[gguf_type], Path(target), model_name=name
         )
         model.write()
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _repaired(base: Any, found: dict[str, str], folder: Path, flags: dict[str, bool]) -> Any:
+def _repaired(base: Any, found: dict[str, str], folder: Path, metadata: dict[str, bool | int | str]) -> Any:
     """Subclass of the converter's model class; `found` receives the pre-tokenizer and how it was recognised."""
 
     class Repaired(base):
@@ -68,10 +68,15 @@ def _repaired(base: Any, found: dict[str, str], folder: Path, flags: dict[str, b
 
         def set_vocab(self) -> None:
             super().set_vocab()
-            for key, value in flags.items():
+            for key, value in metadata.items():
                 for values in self.gguf_writer.kv_data:
                     values.pop(key, None)
-                self.gguf_writer.add_bool(key, value)
+                if isinstance(value, bool):
+                    self.gguf_writer.add_bool(key, value)
+                elif isinstance(value, int):
+                    self.gguf_writer.add_uint32(key, value)
+                else:
+                    self.gguf_writer.add_string(key, value)
 
     return Repaired
 

@@ -84,12 +84,14 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str, **options:
     if is_custom(wanted):
         try:
             custom = parse_custom(wanted)
+            also = options.get("extra_ends", ())
+            repairs = apply_custom(tokenizer, custom, system=options.get("system"), extra_ends=also)
         except ValueError as error:
             raise DataError(
                 "the chat template cannot be understood", code="template-invalid", where="data.template",
                 why=str(error), fix="write an example conversation with {INPUT} and {OUTPUT} in place of the texts",
             ) from error  # fmt: skip
-        return "custom", "written out in data.template", apply_custom(tokenizer, custom, system=options.get("system"))
+        return "custom", "written out in data.template", repairs
     template = find_template(wanted)
     if template is None:
         names = sorted([*TEMPLATES, *ALIASES])

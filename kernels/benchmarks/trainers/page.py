@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -17,17 +18,23 @@ from the trainer's creation on, compilation and captures included; with ~ fewer 
 steady rate. *wall*, *GPU*, *host*: milliseconds per micro-batch. GPU: in which kernels or copies run. Host: what the
 training thread itself does for a micro-batch, its share of optimizer, callbacks and logging included, measured where it
 waits for nothing: in launches that find the GPU's queue empty (into a full queue they wait inside the driver).
-*share*: host over GPU. What the engines are set to: `kernels/benchmarks/trainers/engines.py`.
+*share*: host over GPU. *ours to it*: the fastest of ours over that row. A commit is a run on one machine; hosts differ,
+so only rows of one table are compared. What the engines are set to: `kernels/benchmarks/trainers/engines.py`.
 
 Source: `{name}`; {machine}.
 """
 
 
-def _cases(path: Path) -> dict[tuple[str, str], dict[str, list[dict[str, str]]]]:
-    cases: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+Cases = dict[tuple[str, str, str], dict[str, list[dict[str, str]]]]
+"""(model, data, commit) -> engine -> rows. Hosts differ from run to run, so only rows of one commit are compared."""
+
+
+def _cases(path: Path) -> Cases:
+    cases: Cases = {}
     with path.open() as file:
         for row in csv.DictReader(file):
-            cases.setdefault((row["model"], row["data"]), {}).setdefault(row["engine"], []).append(row)
+            key = row["model"], row["data"], row["commit"] or "unknown"
+            cases.setdefault(key, {}).setdefault(row["engine"], []).append(row)
     return cases
 
 
@@ -47,29 +54,36 @@ def _cold(rows: list[dict[str, str]]) -> str:
 
 
 def page(path: Path, out: Path) -> None:
-    """Write the page: one table per model and data, engines from fastest to slowest; then NAME-notes.md, if there."""
+    """Write the page: a table per model, data and commit, newest first; then NAME-notes.md, if there is one."""
     cases = _cases(path)
     rows = [row for engines in cases.values() for found in engines.values() for row in found]
-    machine = "; ".join(sorted({f"{row['gpu']}, commit {row['commit'] or 'unknown'}" for row in rows if row["gpu"]}))
+    machine = "; ".join(sorted({row["gpu"] for row in rows if row["gpu"]}))
     parts = [HEAD.format(name=path.name, machine=machine)]
-    for (model, data), engines in cases.items():
-        parts.append(f"\n## {model}, {data}\n")
-        parts.append(
-            "| engine | valid tok/s | cold 200, s | wall | GPU | host | share | peak GiB | gradient norm | runs |"
-        )
-        parts.append("|---|---|---|---|---|---|---|---|---|---|")
-        for engine, found in sorted(engines.items(), key=lambda item: -(_figure(item[1], "valid_tok_s") or 0)):
-            texts = [_text(_figure(found, "valid_tok_s")), _cold(found)]
-            texts += [_text(_figure(found, name)) for name in NUMBERS]
-            failed = [row["status"] for row in found if row["status"] != "ok"]
-            runs = f"{len(found) - len(failed)}" + (f"; failed: {failed[0][:80]}" if failed else "")
-            parts.append("| " + " | ".join([engine, *texts, runs]) + " |")
+    for (model, data, commit), engines in reversed(cases.items()):
+        parts.append(f"\n## {model}, {data} (commit {commit})\n")
+        parts += _table(engines)
     versions = sorted({row["versions"] for row in rows if row["versions"]})
     parts.append("\nVersions: " + "; ".join(versions) + ".\n")
     notes = path.with_name(f"{path.stem}-notes.md")
     if notes.exists():
         parts.append(notes.read_text())
     out.write_text("\n".join(parts))
+
+
+def _table(engines: dict[str, list[dict[str, str]]]) -> Iterator[str]:
+    rates = {engine: _figure(found, "valid_tok_s") or 0.0 for engine, found in engines.items()}
+    ours = max((rate for engine, rate in rates.items() if engine.startswith("dropforge")), default=0.0)
+    columns = ("engine", "valid tok/s", "ours to it", "cold 200, s", "wall", "GPU", "host", "share", "peak GiB",
+               "gradient norm", "runs")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for engine, found in sorted(engines.items(), key=lambda item: -rates[item[0]]):
+        ratio = f"{ours / rates[engine]:.2f}x" if ours and rates[engine] and not engine.startswith("dropforge") else ""
+        texts = [_text(rates[engine] or None), ratio, _cold(found)]
+        texts += [_text(_figure(found, name)) for name in NUMBERS]
+        failed = [row["status"] for row in found if row["status"] != "ok"]
+        runs = f"{len(found) - len(failed)}" + (f"; failed: {failed[0][:80]}" if failed else "")
+        yield "| " + " | ".join([engine, *texts, runs]) + " |"
 
 
 def plot(path: Path, out: Path) -> None:
@@ -88,7 +102,7 @@ def plot(path: Path, out: Path) -> None:
         axes.bar([at + number * width for at in range(len(cases))], heights, width, label=engine)
     axes.set_yscale("log")
     axes.set_ylabel("valid tokens / s")
-    axes.set_xticks([at + 0.4 for at in range(len(cases))], [f"{m}\n{d}" for m, d in cases])
+    axes.set_xticks([at + 0.4 for at in range(len(cases))], [f"{m}\n{d}, {c}" for m, d, c in cases])
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out, dpi=120)

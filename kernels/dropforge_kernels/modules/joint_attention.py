@@ -26,6 +26,7 @@ from dropforge_kernels.ops import attention, packed_attention, qk_norm_rope, rop
 from dropforge_kernels.ops._heads import launch_forward, launch_norm_backward
 from dropforge_kernels.ops.packed_attention import packed_attention_backward, packed_attention_forward
 
+_CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 CUDNN_WIDTH = 128
 """Widest head that cuDNN's attention takes on Hopper in both directions."""
 
@@ -139,7 +140,7 @@ def _cudnn_backward(
     # Dropout is off, so the state of the random generator is an argument without meaning.
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     length = q.shape[2]
-    made = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+    made = _CUDNN_BACKWARD(
         dout, q, k, v, out, share(lse), seed, seed, None, None, None, length, length, 0.0, True, scale=shape.scale
     )
     for target, gradient in zip(into, made, strict=True):

@@ -72,7 +72,8 @@ class LayerBytes:
         normed_heads = 2 * (q + k) if shape.head_norms else 0
         # cuDNN's: the gradients once more, dq in fp32, and for grouped heads dk and dv of every query head
         scratch = joined + 2 * q + (2 * q if k < q else 0)
-        pieces = head_pieces(shape.heads, shape.heads * shape.keys // shape.queries, row)
+        groups = shape.heads * shape.keys // shape.queries
+        pieces = head_pieces(shape.heads, groups, row) if shape.splits_heads else 1
         return cls(
             x=h,
             output=q,

@@ -15,6 +15,8 @@ WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 4.127 / 8}
 OPTIMIZER_BYTES = {"adamw_8bit": 2.04, "lion_8bit": 1.02, "sgd": 0.0, "adafactor": 0.1}
 """State of a trained value: 8-bit states with one fp32 scale per 256; AdamW in 32 bits (8 bytes) when not listed."""
 OFFLOADED_STATES = ("paged_adamw_8bit", "paged_adamw_32bit")
+WIDEST_SPLIT = 128
+"""As ``joint_attention.CUDNN_WIDTH``."""
 _HEAD_NORMS = frozenset({"qwen3", "gemma3", "gemma3_text"})
 _END_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})
 
@@ -38,6 +40,9 @@ class ModelShape:
     """q and k are normed head by head, which keeps both before and after."""
     end_norms: bool = False
     """A norm follows attention and MLP, which keeps both branches."""
+    splits_heads: bool = True
+    """Attention of one long row may run on some heads at a time (``head_pieces``): no window, no cap, heads as wide as
+    cuDNN takes them."""
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -84,7 +89,13 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         tied=bool(config.get("tie_word_embeddings", False)),
         head_norms=kind in _HEAD_NORMS,
         end_norms=kind in _END_NORMS,
+        splits_heads=width <= WIDEST_SPLIT and not _windowed(config),
     )
+
+
+def _windowed(config: Mapping[str, Any]) -> bool:
+    window = config.get("sliding_window") and config.get("use_sliding_window", True)
+    return bool(window or config.get("attn_logit_softcapping"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,14 +89,18 @@ class Gradients:
         self.b.add_(other.b)
 
     def per_parameter(self, group: Group) -> list[torch.Tensor]:
-        """dA and dB of every part that has an adapter: [dA, dB, dA, dB, ...]."""
-        result: list[torch.Tensor] = []
-        for part in group.parts:
-            if part.adapted:
-                assert self.a is not None and self.b is not None
-                da = self.a[part.ranks]
-                result += [da if part.scale == 1.0 else da * part.scale, self.b[part.columns, part.ranks]]
-        return result
+        """dA and dB of every part that has an adapter: [dA, dB, dA, dB, ...]. Once only: ``a`` is scaled in place."""
+        parts = [part for part in group.parts if part.adapted]
+        if not parts:
+            return []
+        assert self.a is not None and self.b is not None
+        if len({part.scale for part in parts}) == 1:  # as good as always: one launch for the group
+            if parts[0].scale != 1.0:
+                self.a.mul_(parts[0].scale)
+        else:
+            for part in parts:
+                self.a[part.ranks].mul_(part.scale)
+        return [half for part in parts for half in (self.a[part.ranks], self.b[part.columns, part.ranks])]
 
 
 def backward_inputs(

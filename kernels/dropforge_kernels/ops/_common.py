@@ -79,19 +79,21 @@ def row_block(width: int, rows: int, *, forward: bool) -> tuple[int, int, int]:
     return block_h, max(1, min(16, 1024 // block_h)), max(2, min(16, warps))
 
 
-def summing_rows(width: int, rows: int, x: torch.Tensor, *, sums: int = 1) -> tuple[int, int, int, int]:
-    """(warps, programs, loads in flight, BLOCK_R) of a backward that also makes ``sums`` sums over the rows of x.
+def summing_rows(width: int, rows: int, x: torch.Tensor) -> tuple[int, int, int, int]:
+    """(warps, programs, loads in flight, BLOCK_R) of a backward that also makes sums over the rows of x.
 
-    Measured on an H200: few programs walk many rows (at least 8), so that the partial sums stay a few per cent of the
-    traffic, and keep three rows of two tensors in flight while they fit in shared memory. Rows of 1,024 in pairs.
-    What does not fill its power of two (2,560) wants more warps for one sum.
+    Measured on an H200 at widths of 1,024, 2,560 and 4,096: few programs walk many rows (at least 8), so that the
+    partial sums stay a few per cent of the traffic, and keep rows of two tensors in flight in shared memory while they
+    fit. A width that does not fill its power of two (2,560) has more, smaller programs.
     """
     block_h = next_power_of_2(width)
-    stages = 3 if 6 * block_h * x.element_size() <= 128 << 10 else 1
     if block_h <= 1024:
-        block_r, warps, per_processor = min(16, 2048 // block_h), 4, 4
+        block_r, warps, per_processor, stages = min(16, 2048 // block_h), 4, 3, 4
+    elif block_h == 4096:
+        block_r, warps, per_processor, stages = (2, 8, 1, 3) if width > 3072 else (1, 4, 2, 4)
     else:
-        block_r, warps, per_processor = 1, max(4, min(16, block_h // 1024)), max(2, min(4, 8192 // block_h))
-        if sums == 1 and 2048 < width <= 3072:
-            warps, per_processor = 8, 3
+        block_r, warps, stages = 1, max(4, min(16, block_h // 1024)), 3
+        per_processor = max(2, min(4, 8192 // block_h))
+    if 2 * (stages - 1) * block_r * block_h * x.element_size() > 128 << 10:
+        stages = 1
     return warps, min(-(-rows // max(8, block_r)), per_processor * processors(x.device)), stages, block_r

@@ -22,7 +22,7 @@ from dropforge_kernels import reference
 from dropforge_kernels.checks import FLOATS, check_dtype, check_ndim, check_same_device, check_same_shape, check_tensor
 from dropforge_kernels.dispatch import Backend, choose
 from dropforge_kernels.ops._common import processors
-from dropforge_kernels.ops._dynamic_map import decode, encode
+from dropforge_kernels.ops._dynamic_map import decode_tile, encode
 from dropforge_kernels.reference.adamw import STATE_BLOCK, AdamWState
 
 OP = "adamw"
@@ -91,8 +91,8 @@ def _adamw_kernel(
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * clip
         p = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if EIGHT:
-            m = decode(tl.load(m_ptr + at, mask=mask, other=127), True)
-            v = decode(tl.load(v_ptr + at, mask=mask, other=0), False)
+            m = decode_tile(tl.load(m_ptr + at, mask=mask, other=127), True, BLOCKS)
+            v = decode_tile(tl.load(v_ptr + at, mask=mask, other=0), False, BLOCKS)
             m = m * tl.load(m_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
             v = v * tl.load(v_absmax_ptr + block, mask=block_mask, other=0.0)[:, None]
         else:

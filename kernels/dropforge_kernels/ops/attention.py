@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from dropforge_kernels import checks, reference
 from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.ops._attention_fa4 import fa4_attention, fa4_missing
 from dropforge_kernels.ops._attention_flash import flash_attention
 from dropforge_kernels.ops._attention_flex import block_mask, flex
 from dropforge_kernels.ops._common import as_autocast
@@ -38,7 +38,7 @@ class AttentionBackend(StrEnum):
     FLEX = "flex"
     """Flex attention, compiled: everything, including soft-capped scores."""
     FA4 = "fa4"
-    """FlashAttention 4 where the package flash-attn-4 is installed."""
+    """FlashAttention 4 where the package flash-attn-4 is installed: everything packed, compiled by itself."""
     REFERENCE = "reference"
     """The whole score matrix in plain PyTorch: the CPU path."""
 
@@ -54,6 +54,7 @@ class Case(NamedTuple):
     width: int
     longest: int = 0  # upper bound of the document lengths of a packed row
     mask: bool = False  # the caller has built flex attention's block mask
+    compiling: bool = False  # torch.compile traces the call
 
     @property
     def kind(self) -> str:
@@ -79,24 +80,20 @@ class AttentionChoice(NamedTuple):
 LONG = 2048
 PREFERENCE: dict[str, tuple[AttentionBackend, ...]] = {
     "plain": (AttentionBackend.CUDNN, AttentionBackend.FLASH, AttentionBackend.FLEX),
-    "packed": (AttentionBackend.FLASH, AttentionBackend.FLEX),
-    "packed_long": (AttentionBackend.FLEX, AttentionBackend.FLASH),
-    "window": (AttentionBackend.FLASH, AttentionBackend.FLEX),
-    "sinks": (AttentionBackend.FLASH, AttentionBackend.FLEX),
-    "softcap": (AttentionBackend.FLEX,),
+    "packed": (AttentionBackend.FA4, AttentionBackend.FLASH, AttentionBackend.FLEX),
+    "packed_long": (AttentionBackend.FA4, AttentionBackend.FLEX, AttentionBackend.FLASH),
+    "window": (AttentionBackend.FA4, AttentionBackend.FLASH, AttentionBackend.FLEX),
+    "sinks": (AttentionBackend.FA4, AttentionBackend.FLASH, AttentionBackend.FLEX),
+    "softcap": (AttentionBackend.FA4, AttentionBackend.FLEX),
 }
 """Order of preference on CUDA, measured on an H200 (docs/reference/kernels.md), forward and backward together: cuDNN
-is 1.6 to 1.9 times as fast as FlashAttention 2 on dense rows; flex attention beats it from documents of 2,048 tokens
-on (by 12% to 22%, for heads of at most 128) when its mask is there already, loses with windows, sinks and wide heads.
-FA4 only by name until it is measured. The reference comes last everywhere: it holds the whole score matrix.
+is 1.6 to 1.9 times as fast as FlashAttention 2 on dense rows. FlashAttention 4, where it is installed, is 1.4 to 2
+times as fast as anything else on packed rows and windows. Without it, flex attention beats FlashAttention 2 from
+documents of 2,048 tokens on (by 12% to 22%, for heads of at most 128) when its mask is there already, and loses with
+windows, sinks and wide heads. The reference comes last everywhere: it holds the whole score matrix.
 """
 
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@lru_cache(maxsize=1)
-def _fa4_installed() -> bool:
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
 def refusal(backend: AttentionBackend, case: Case) -> str | None:
@@ -115,8 +112,11 @@ def refusal(backend: AttentionBackend, case: Case) -> str | None:
         if case.packed or case.window or case.sinks:
             return "is used for dense rows without window and sinks only"
         return None if case.width <= 128 else f"needs a head width of at most 128, not {case.width}"
-    if backend is AttentionBackend.FA4 and not _fa4_installed():
-        return "the package flash-attn-4 is not installed"
+    if backend is AttentionBackend.FA4:
+        if case.compiling:
+            return "cannot be traced by torch.compile"
+        if (why := fa4_missing()) is not None:
+            return why
     return None if case.width <= 256 else f"needs a head width of at most 256, not {case.width}"
 
 
@@ -200,27 +200,6 @@ def _run_cudnn(q, k, v, causal, scale):
     return out.transpose(1, 2)
 
 
-def _run_fa4(q, k, v, sinks, cu_seqlens, max_seqlen, causal, scale, window, softcap):
-    from flash_attn.cute import flash_attn_varlen_func
-
-    left = None if window is None else window - 1
-    out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        softmax_scale=scale,
-        causal=causal,
-        window_size=(left, 0 if causal else left),
-        learnable_sink=sinks,
-        softcap=softcap or 0.0,
-    )
-    return out[0] if isinstance(out, tuple) else out
-
-
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -269,6 +248,7 @@ def attention(
         width=q.shape[-1],
         longest=max_seqlen or 0,
         mask=mask is not None,
+        compiling=torch.compiler.is_compiling(),
     )
     if rule.backend is Backend.REFERENCE and backend is None:
         backend = AttentionBackend.REFERENCE
@@ -292,7 +272,10 @@ def attention(
         cu_seqlens, max_seqlen = _equal_documents(shape[0], shape[1], q.device), shape[1]
         q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
     if chosen is AttentionBackend.FA4:
-        out = _run_fa4(q, k, v, sinks, cu_seqlens, max_seqlen, causal, scale, window, softcap)
+        out = fa4_attention(
+            q, k, v, sinks, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale, window=window,
+            softcap=softcap,
+        )  # fmt: skip
     else:
         out = flash_attention(
             q, k, v, sinks, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal, scale=scale, window=window

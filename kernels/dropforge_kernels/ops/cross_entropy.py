@@ -21,6 +21,7 @@ import triton.language as tl
 from dropforge_kernels import reference
 from dropforge_kernels.checks import check_choice, check_dtype, check_ndim, check_same_device, check_shape, check_tensor
 from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.ops._common import processors
 from dropforge_kernels.ops._row_losses import RowLoss, reduce_loss, row_gradient, row_loss
 from dropforge_kernels.reference.cross_entropy import REDUCTIONS
 
@@ -31,13 +32,15 @@ TARGETS = frozenset({torch.int64, torch.int32})
 @triton.jit
 def scale_unless_one_kernel(x_ptr, upstream_ptr, numel, BLOCK: tl.constexpr):
     """x *= upstream[0], in place; returns at once where upstream is 1, so that the usual backward costs no pass and
-    no host wait.
+    no host wait. Programs walk over x: starting one for every block would take longer than the check.
     """
     upstream = tl.load(upstream_ptr)
     if upstream != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32) * upstream
-        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < numel)
+        stride = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, stride):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32) * upstream
+            tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < numel)
 
 
 def check_loss_options(
@@ -164,7 +167,7 @@ class _InPlace(torch.autograd.Function):
                 "Use inplace_gradient=False where the graph is retained"
             )
         if gradient.numel():
-            grid = (triton.cdiv(gradient.numel(), 8192),)
+            grid = (min(8 * processors(gradient.device), triton.cdiv(gradient.numel(), 8192)),)
             scale_unless_one_kernel[grid](gradient, d_loss, gradient.numel(), BLOCK=8192, num_warps=8)
         return gradient, None, None, None, None
 

@@ -94,6 +94,8 @@ def _forward(x, weight, bias, eps):
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     if rows:
         block_h, block_r, warps = row_block(width, rows, forward=True)
+        if 2048 < width <= 3072 and rows * width > 32 << 20:
+            block_r = 2  # 3% faster on an H200 at 2,560
         _forward_kernel[(triton.cdiv(rows, block_r),)](
             x, weight, bias, y, mean, rstd, x_stride, rows, eps, width, block_h, block_r, bias is not None,
             num_warps=warps,
@@ -115,14 +117,14 @@ def _backward(dy, x, weight, mean, rstd, parameters, narrow):
     dtype = weight.dtype if narrow else torch.float32
     sums = make((2, width if parameters else 0), dtype=dtype, device=x.device)
     if parameters:
-        warps, programs, stages, block_r = summing_rows(width, rows, x, sums=2)
+        warps, programs, stages, block_r = summing_rows(width, rows, x)
         blocks = triton.cdiv(rows, block_r)
         partial = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
         arrivals = counter(x.device)
     if rows:
         _backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, partial, sums, arrivals, dy_stride, x_stride, rows,
-            triton.cdiv(blocks, programs), width, block_h, block_r, parameters, stages, *finish_cut(x, warps),
+            triton.cdiv(blocks, programs), width, block_h, block_r, parameters, stages, *finish_cut(x),
             num_warps=warps,
         )  # fmt: skip
     return dx, sums

@@ -156,7 +156,7 @@ def rms_norm_backward(
         _backward_kernel[(programs,)](
             dy, ds, s, weight, rstd, dx, partial, dweight, arrivals, dy_stride, ds_stride, s_stride, rows,
             triton.cdiv(blocks, programs), offset, width, block_h, block_r, ds is not None, weight is not None,
-            weight_gradient, stages, *finish_cut(s, warps), num_warps=warps,
+            weight_gradient, stages, *finish_cut(s), num_warps=warps,
         )  # fmt: skip
     return dx, dweight
 

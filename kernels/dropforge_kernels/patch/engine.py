@@ -98,7 +98,7 @@ def build_engine(model: nn.Module, family: str) -> Engine:
     causal = causal_model(model)
     inner = causal.model
     dtype = _compute_dtype(inner)
-    casts, scratch = Casts(dtype), Scratch(dtype)
+    casts, scratch = Casts(dtype, layers=len(inner.layers)), Scratch(dtype)
     modules = [layout.modules(layer, index) for index, layer in enumerate(inner.layers)]
     for layer, parts in zip(inner.layers, modules, strict=True):
         _check(layer, parts)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dropforge_kernels.modules.adapters import Adapted
-from dropforge_kernels.patch.engine_projections import adapted, adapter_obstacle, base_of
+from dropforge_kernels.patch.engine_projections import adapted, adapter_obstacle, base_of, is_adapted
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class Place:
 
     parent: nn.Module
     name: str
-    module: nn.Module
+    module: Any
+    base: nn.Module
+    active: str | None
+    """The adapter's name; None without one."""
     adapter: Adapted
 
 
@@ -75,24 +78,34 @@ class Watch:
 
 def _places(layer: Any, wanted: set[int]) -> list[Place]:
     return [
-        Place(parent, name, module, adapted(module))
+        Place(
+            parent=parent, name=name, module=module, base=base_of(module),
+            active=module.active_adapters[0] if is_adapted(module) else None, adapter=adapted(module),
+        )
         for parent in (layer.self_attn, layer.mlp)
         for name, module in parent._modules.items()
         if id(module) in wanted
-    ]
+    ]  # fmt: skip
 
 
 def _changed(place: Place) -> str | None:
-    module, was = place.module, place.adapter
-    if place.parent._modules[place.name] is not module:
+    """Runs for every projection at every forward, so what is usual is asked first and briefly."""
+    if place.parent._modules[place.name] is not place.module:
         return "another module is in the place of a projection, such as an adapter put on it since the engine was built"
-    base = base_of(module)
-    if base._forward_hooks or base._forward_pre_hooks:
+    if place.base._forward_hooks or place.base._forward_pre_hooks:
         return "a hook watches its projections"
-    reason = adapter_obstacle(module)
-    if reason is not None:
-        return reason
-    now = adapted(module)
-    if now.a is not was.a or now.b is not was.b or now.scale != was.scale:
-        return "another adapter is active than when the engine was built"
-    return None
+    if place.active is None or _as_it_was(place, place.module, place.active):
+        return None
+    return adapter_obstacle(place.module) or "another adapter is active than when the engine was built"
+
+
+def _as_it_was(place: Place, module: Any, name: str) -> bool:
+    if module.disable_adapters or module.merged or module.active_adapters != [name]:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    children, was = module._modules, place.adapter
+    a, b, dropout = (children[kind]._modules.get(name) for kind in ("lora_A", "lora_B", "lora_dropout"))
+    if a is None or b is None or type(dropout) is not nn.Identity:
+        return False
+    return a.weight is was.a and b.weight is was.b and module.scaling[name] == was.scale

@@ -21,6 +21,10 @@ __all__ = ["ALIASES", "TEMPLATES", "CustomTemplate", "Template", "find_template"
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
+_GEMMA_4 = (
+    "<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
+    '<|"|>',
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +103,12 @@ _ALL = (
         aliases=("gemma2_chatml",), source="ChatML with Gemma's turn markers in place of ChatML's",
     ),
     Template(
-        name="gemma-4", file="gemma-4", end_of_turn="<turn|>", markers=("<|turn>", "<turn|>"), trims=True,
+        name="gemma-4", file="gemma-4", end_of_turn="<turn|>", markers=_GEMMA_4, trims=True,
         settings={"thinking": False}, aliases=("gemma4",),
         source="ai.google.dev/gemma/docs/core/prompt-formatting-gemma4",
     ),
     Template(
-        name="gemma-4-thinking", file="gemma-4", end_of_turn="<turn|>", markers=("<|turn>", "<turn|>"), trims=True,
+        name="gemma-4-thinking", file="gemma-4", end_of_turn="<turn|>", markers=_GEMMA_4, trims=True,
         settings={"thinking": True}, aliases=("gemma4-thinking",),
         source="ai.google.dev/gemma/docs/core/prompt-formatting-gemma4, thinking mode",
     ),
@@ -147,7 +151,7 @@ _ALL = (
     ),
     Template(
         name="gpt-oss", file="gpt-oss", end_of_turn="<|return|>",
-        markers=("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),
+        markers=("<|start|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|end|>", "<|return|>", "<|call|>"),
         lead="<|channel|>final<|message|>", aliases=("gptoss",), source="openai/harmony",
     ),
     Template(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from dropforge.models.templates import CustomTemplate, Template
@@ -56,13 +56,18 @@ def apply_template(
 
 
 def apply_custom(
-    tokenizer: PreTrainedTokenizerBase, template: CustomTemplate, *, system: str | None = None
-) -> list[str]:
+    tokenizer: PreTrainedTokenizerBase, template: CustomTemplate, *, system: str | None = None,
+    extra_ends: Collection[str] = (),
+) -> list[str]:  # fmt: skip
     """The same for an example with {INPUT} and {OUTPUT}. An answer without a special token behind it gets the end
-    token; with one, that becomes the end token.
+    token; with one, that becomes the end token. `extra_ends` are tokens that end an answer though they are not special.
+    Raises ValueError for one that is no token of the vocabulary.
     """
+    unknown = sorted(set(extra_ends) - set(tokenizer.get_vocab()))
+    if unknown:
+        raise ValueError(f"no single tokens of this vocabulary: {', '.join(map(repr, unknown))}")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    special = sorted({*special, *tokenizer.all_special_tokens, *extra_ends}, key=len, reverse=True)
     after = template.after_output.strip()
     end = next((token for token in special if token and after.endswith(token)), None)
     repairs = []
