@@ -5,6 +5,7 @@
 #
 # VARIANT   cpu, cuda or dgx; default: cuda (on arm64: dgx) on a machine with an NVIDIA driver, else cpu
 # BASE      image to build on; default: the Dockerfile's, or a Debian 12 made with debootstrap where no registry answers
+# CUDA_ARCHITECTURES  what llama.cpp is compiled for; default: this machine's GPUs, else and with `all` the Dockerfile's list
 # CA        bundle that pip trusts during the build; default: this machine's
 # TORCH     torch of the CPU variant; TORCH_PIP_ARGS: arguments for pip to find its CPU build
 set -euo pipefail
@@ -33,6 +34,11 @@ if [[ -z $base && $variant == cpu ]]; then
 		echo "image: no registry answers; building on a Debian 12 made with debootstrap"
 		base=$(docker/base.sh)
 	fi
+fi
+if [[ $variant != cpu ]]; then
+	# One kind of GPU costs about an hour of one core, the Dockerfile's list nine.
+	architectures=${CUDA_ARCHITECTURES:-$(docker/architectures.sh)}
+	[[ -z $architectures || $architectures == all ]] || arguments+=(--build-arg "CUDA_ARCHITECTURES=$architectures")
 fi
 [[ $variant != dgx ]] || arguments+=(--file Dockerfile.dgx)
 [[ -z $base ]] || arguments+=(--build-arg "BASE=$base")

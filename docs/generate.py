@@ -254,12 +254,16 @@ def _parameters(parameters: list[inspect.Parameter]) -> list[str]:
 
 def _extras_table() -> str:
     """Further arguments that scripts bring along."""
-    from dropforge.fast.extras import ADAPTER, LOADING
+    from dropforge.fast.extras import ADAPTER, LOADING, SAVING_LOCALLY
     from dropforge.trainer_arguments import RENAMED, WITHOUT_EFFECT
 
     lines = ["## Arguments of other libraries and releases\n", "Scripts written elsewhere give these too.\n",
              "| argument | of | here |", "|---|---|---|"]  # fmt: skip
-    for function, table in (("from_pretrained", LOADING), ("get_peft_model", ADAPTER)):
+    for function, table in (
+        ("from_pretrained", LOADING),
+        ("get_peft_model", ADAPTER),
+        ("save_*, push_*", SAVING_LOCALLY),
+    ):
         for name, extra in sorted(table.items()):
             what = (
                 f"refused unless it is off: {extra.refuse}" if extra.refuse else f"no effect, and logged: {extra.note}"

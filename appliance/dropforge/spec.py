@@ -88,7 +88,7 @@ class ModelSpec(Section):
     max_seq_length: int = Field(default=2048, ge=8, le=4_194_304)
     """Longest training row, in tokens; longer rows are truncated and counted."""
     remote_code: bool = False
-    """Ask to run Python code that comes with the model; a hub model then needs its full commit. Held until it is approved."""
+    """Ask to run Python code that comes with the model; a hub model needs its full commit. Held until approved."""
 
 
 class AdapterSpec(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -17,11 +18,22 @@ def formatted(dataset: Any, formatting_func: Callable[[Any], Any], config: Any) 
     columns = getattr(dataset, "column_names", None)
     if not can_format(dataset):
         return dataset
-    field, batched = config.dataset_text_field, isinstance(formatting_func(dataset[0]), list)
+    field, batched = config.dataset_text_field, _takes_batches(formatting_func, dataset)
     return dataset.map(
         lambda rows: {field: formatting_func(rows)}, batched=batched, remove_columns=columns,
         num_proc=config.dataset_num_proc, desc="texts",
     )  # fmt: skip
+
+
+def _takes_batches(formatting_func: Callable[[Any], Any], dataset: Any) -> bool:
+    wrong = (AttributeError, LookupError, TypeError, ValueError)  # what a function says to rows of the other kind
+    try:
+        return isinstance(formatting_func(dataset[0]), list)
+    except wrong:
+        with suppress(*wrong):
+            if isinstance(formatting_func(dataset[:1]), list):
+                return True
+        raise
 
 
 def can_format(dataset: Any) -> bool:

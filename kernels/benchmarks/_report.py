@@ -61,8 +61,10 @@ def table(path: Path) -> str:
 
 def plots(path: Path) -> list[Path]:
     """Share of the ceiling over tokens beside the CSV: one picture of the elementwise and normalising operations
-    (Llama-8B shapes), one of the losses (every model).
+    (Llama-8B shapes), one of the losses (every model). Of a file with packed attention alone: its times.
     """
+    if all(r["op"].startswith("packed") for r in read(path)):
+        return [_bars(path.with_suffix(".png"), cases(path))]
     rows = [r for r in read(path) if r["status"] == "ok" and r["provider"] not in ("copy", "gemm")]
     small = [
         r
@@ -74,6 +76,41 @@ def plots(path: Path) -> list[Path]:
         _panels(path.with_suffix(".png"), small, ("op", "direction")),
         _panels(path.with_name(f"{path.stem}-losses.png"), losses, ("op", "direction", "shape")),
     ]
+
+
+def _bars(target: Path, found: Cases) -> Path:
+    """One panel per direction and model, one group of bars per kind of documents: times over that of ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(key[1], key[2]) for key in found}, reverse=True)
+    figure, axes = pyplot.subplots(2, -(-len(panels) // 2), figsize=(16, 7), squeeze=False)
+    colors = {"ours": "C0", "flash": "C1", "flex": "C2", "fa4": "C3"}
+    for axis, (direction, shape) in zip(axes.flat, panels, strict=True):
+        mine = {
+            key[0].removeprefix("packed_attention "): p for key, p in found.items() if key[1:3] == (direction, shape)
+        }
+        for place, providers in enumerate(mine.values()):
+            ours = time_of(providers["ours"]) or 1.0
+            for offset, (name, color) in enumerate(colors.items()):
+                if (time := time_of(providers.get(name))) is not None:
+                    axis.bar(place + 0.2 * (offset - 1.5), time / ours, 0.2, color=color)
+        axis.set_xticks(range(len(mine)), [name.replace(" ", "\n", 1) for name in mine], fontsize=8)
+        axis.set(title=f"{direction} {shape}", ylabel="time over ours")
+        axis.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in colors.values()]
+    figure.legend(handles=handles, labels=list(colors), loc="upper right", ncols=len(colors))
+    row = next(iter(found.values()))["ours"][0]
+    title = (
+        f"Packed attention, 16,384 tokens; {row['gpu']}, torch {row['torch']}, commit {row['commit']}; documents below"
+    )
+    figure.suptitle(title, x=0.4)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.savefig(target, dpi=70)
+    pyplot.close(figure)
+    return target
 
 
 def _panels(target: Path, rows: Rows, by: tuple[str, ...]) -> Path:

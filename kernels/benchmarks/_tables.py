@@ -59,7 +59,7 @@ def attention(found: Cases) -> str:
         if ours is None or not op.startswith(ATTENTION):
             continue
         each = ", ".join(f"{p} {time_of(r):,.0f}" for p, r in providers.items() if p != "ours" and time_of(r))
-        share = f"{share_of(providers['ours']):.2f}"
+        share = f"{share_of(providers['ours']):.2f}" if share_of(providers["ours"]) else ""
         rows.append([op.removeprefix("attention "), direction, shape, f"{ours:,.0f}", share, each])
     return _table(["case", "direction", "shapes", "us", "share of product", "each backend, us"], rows)
 
@@ -205,6 +205,7 @@ def targets(found: Cases) -> str:
 TABLES: dict[str, Callable[[Cases], str]] = {
     "memory_bound": memory_bound,
     "attention": attention,
+    "packed": attention,
     "steady": steady,
     "slower": slower,
     "below": below,
@@ -213,7 +214,17 @@ TABLES: dict[str, Callable[[Cases], str]] = {
 }
 
 
+SIDE_FILES = {"packed": "packed"}
+"""Tables made of another file than the page's own: FILE-NAME.csv beside FILE.csv."""
+
+
 def fill(page: str, results: Path) -> str:
     """The page with every marked table made anew; KeyError for a name that is not in TABLES."""
     found = cases(results)
-    return MARKED.sub(lambda m: f"{m[1]}{TABLES[m[2]](found)}\n{m[4]}", page)
+
+    def made(match: re.Match[str]) -> str:
+        side = SIDE_FILES.get(match[2])
+        rows = cases(results.with_name(f"{results.stem}-{side}.csv")) if side else found
+        return f"{match[1]}{TABLES[match[2]](rows)}\n{match[4]}"
+
+    return MARKED.sub(made, page)

@@ -190,18 +190,32 @@ def list_of_texts(rows):
     return [f"<s>{question} {answer}" for question, answer in zip(rows["q"], rows["a"], strict=True)]
 
 
-@pytest.mark.parametrize("function", [one_text, list_of_texts])
+def only_a_batch(rows):
+    """One row alone makes it fail: its number is no list."""
+    return [f"<s>{rows['q'][index]} {rows['a'][index]}" for index in range(len(rows["n"]))]
+
+
+@pytest.mark.parametrize("function", [one_text, list_of_texts, only_a_batch])
 def test_a_function_that_writes_the_texts(parts, function):
     """One row at a time as TRL has it, or a batch as older scripts have it; one begin and one end token either way."""
     from datasets import Dataset
     from dropforge.trainers import SFTConfig, SFTTrainer
 
     model, tokenizer, _ = parts
-    rows = Dataset.from_dict({"q": ["Peru", "Japan"], "a": ["Lima", "Tokyo"]})
+    rows = Dataset.from_dict({"q": ["Peru", "Japan"], "a": ["Lima", "Tokyo"], "n": [1, 1]})
     trainer = SFTTrainer(
         model, SFTConfig(**ARGUMENTS), tokenizer=tokenizer, train_dataset=rows, eval_dataset={"same": rows},
         formatting_func=function,
     )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        SFTTrainer(
+            model, SFTConfig(**ARGUMENTS), tokenizer=tokenizer, train_dataset=rows, formatting_func=lambda row: 1 / 0
+        )
+    with pytest.raises(KeyError, match="question"):
+        SFTTrainer(
+            model, SFTConfig(**ARGUMENTS), tokenizer=tokenizer, train_dataset=rows,
+            formatting_func=lambda row: row["question"],
+        )  # fmt: skip
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("Peru Lima", "Japan Tokyo")]
     assert trainer.train_dataset["input_ids"][:] == trainer.eval_dataset["same"]["input_ids"][:] == expected
     assert expected[0].count(tokenizer.bos_token_id) == 1

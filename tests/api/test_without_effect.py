@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from dropforge.fast.extras import ADAPTER, LOADING
+from dropforge.fast.extras import ADAPTER, LOADING, SAVING, SAVING_LOCALLY
 
 TEXTS = ["a cat and a dog", "a dog", "two cats and three dogs met", "the end"]
 ARGUMENTS = {"output_dir": "outputs", "report_to": "none", "save_strategy": "no", "logging_steps": 1, "max_steps": 2}
@@ -41,7 +41,10 @@ def losses_of(trainer):
 
 
 def test_every_further_argument_is_refused_or_says_why():
-    assert all(bool(extra.refuse) != bool(extra.note) for extra in (*LOADING.values(), *ADAPTER.values()))
+    assert all(
+        bool(extra.refuse) != bool(extra.note)
+        for extra in (*LOADING.values(), *ADAPTER.values(), *SAVING_LOCALLY.values())
+    )
 
 
 def test_each_says_so(caplog):
@@ -51,6 +54,26 @@ def test_each_says_so(caplog):
     FastLanguageModel.get_peft_model(model, **{name: 1 for name, extra in ADAPTER.items() if extra.note})
     for name, extra in (LOADING | ADAPTER).items():
         assert not extra.note or f"{name} has no effect: {extra.note}" in caplog.text
+
+
+def test_arguments_of_saving(tmp_path, caplog):
+    """Seeds of scripts: lower maximum_memory_usage when memory is short; push with the call that saves."""
+    from dropforge.errors import CommandError
+
+    model, tokenizer = prepared()
+    model.save_pretrained_merged(
+        tmp_path / "m", tokenizer, save_method="lora", maximum_memory_usage=0.5, token="x", safe_serialization=True
+    )
+    assert "maximum_memory_usage has no effect: exports read and write tensor by tensor" in caplog.text
+    assert "token has no effect: nothing is pushed" in caplog.text and "safe_serialization" not in caplog.text
+    assert (tmp_path / "m" / "adapter_model.safetensors").is_file()
+    for call in (model.save_pretrained_merged, model.save_pretrained_gguf, model.push_to_hub_merged):
+        with pytest.raises(CommandError, match="has no argument 'save_metod'"):
+            call("x/y", tokenizer, save_metod="lora")
+    with pytest.raises(CommandError) as caught:
+        model.save_pretrained_gguf(tmp_path / "g", tokenizer, push_to_hub=True)
+    assert "push_to_hub_gguf" in caught.value.problems[0].fix
+    assert "token" not in SAVING
 
 
 def test_values_that_ask_for_nothing_pass_in_silence(caplog):

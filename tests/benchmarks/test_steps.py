@@ -185,6 +185,16 @@ def test_engines_and_processes():
         parse_engines("sloth")
 
 
+def test_each_engine_finds_its_own_packages_alone():
+    from steps.__main__ import _environment, parser
+
+    args = parser().parse_args(["run", "--peer-path", "/peers", "--ours-path", "/fa4:/dsl"])
+    paths = {engine: _environment(args, engine)["PYTHONPATH"] for engine in ("ours:lean", "unsloth", "liger", "hf")}
+    assert paths["ours:lean"].startswith("/fa4:/dsl:") and "/peers" not in paths["ours:lean"]
+    assert all(paths[peer].startswith("/peers:") and "/fa4" not in paths[peer] for peer in ("unsloth", "liger"))
+    assert "/peers" not in paths["hf"] and "/fa4" not in paths["hf"]
+
+
 @pytest.mark.slow
 def test_a_tiny_run_of_everything(tmp_path):
     command = [sys.executable, "-P", "-m", "steps", "run", "--tiny", "--device", "cpu", "--weights", "nf4",

@@ -179,6 +179,7 @@ def test_the_status_page_reads_only_the_latest_rejections(root: DataRoot, monkey
     for number in range(1, 40):
         folder = root.rejected / f"{number:06}-x-00000000"
         folder.mkdir()
+        (folder / "x.yaml").write_text("x")
         (folder / "error.json").write_text(f'{{"id": "{folder.name}", "file": "x", "problems": []}}')
     read: list[Path] = []
     real = rejection.read_json

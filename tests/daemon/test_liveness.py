@@ -128,6 +128,16 @@ def test_what_waits_in_the_inbox_is_listed(root: DataRoot, capsys) -> None:
     assert "and 11 more" in said(root, capsys)
 
 
+def test_what_was_asked_while_nobody_was_there_is_shown(root: DataRoot, capsys) -> None:
+    set_switch(root, Switch.PAUSE, on=True)
+    drop(root, "job.yaml")
+    with DaemonProcess(root):
+        wait_until(lambda: places(root).get("queue") and only_ticket(root))
+        wait_until(lambda: (root.run(only_ticket(root)[1])).status.exists())
+    assert main(["cancel", only_ticket(root)[1], "--data", str(root.path)]) == 0
+    assert "(cancel is asked, and done when Dropforge runs)" in said(root, capsys)
+
+
 def test_a_living_daemon_says_how_it_is(root: DataRoot, capsys) -> None:
     with DaemonProcess(root):
         wait_until(lambda: daemon_is_alive(root) and read_heartbeat(root).get("state") == "running")

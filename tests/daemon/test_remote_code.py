@@ -10,7 +10,7 @@ import pytest
 from daemon_harness import ticket
 from dropforge.cli import main
 from dropforge.daemon.queue import put
-from dropforge.errors import ModelError, Reason
+from dropforge.errors import DataError, ModelError, Reason
 from dropforge.events import RunLog
 from dropforge.files import read_json, regular_files, write_json
 from dropforge.job import run_job
@@ -212,6 +212,21 @@ def test_pickles_are_not_opened(root, run, folder, allow, marker) -> None:
     (folder / "model.safetensors.index.json").unlink()
     (folder / "model.safetensors").unlink()
     assert held(root, run).code == "model-pickle-only"
+    assert not marker.exists()
+
+
+def test_a_data_set_that_is_a_script_is_refused(root, marker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library finds it: a folder org/name below the folder the job runs in."""
+    from dropforge.data.sources import open_source
+    from dropforge.locate import data_locator
+    from dropforge.spec import SourceSpec
+
+    (root.path / "org" / "name").mkdir(parents=True)
+    (root.path / "org" / "name" / "name.py").write_text(f"import os\nos.system('touch {marker}')\n")
+    monkeypatch.chdir(root.path)
+    with pytest.raises(DataError) as error:
+        open_source(SourceSpec(path="org/name"), locate=data_locator(root), warn=print)
+    assert error.value.code == "data-hub"
     assert not marker.exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from dropforge.cli import main
 
 GOOD = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good morning"}]}
 
@@ -206,7 +207,7 @@ def test_two_turns_in_a_row_of_the_same_role_are_kept_and_named(bench):
     report = bench.prepare(bench.jsonl("roles.jsonl", rows)).report
     assert report.rows == 3
     assert any(
-        "2 rows have two turns in a row of the same role, such as roles.jsonl:2, roles.jsonl:3" in w
+        "2 rows with two turns of the same role one after the other, such as roles.jsonl:2, roles.jsonl:3" in w
         for w in report.warnings
     )
 
@@ -220,7 +221,7 @@ def test_a_row_of_fifty_megabytes_is_cut_and_named(bench):
     assert [len(row["input_ids"]) for row in data.train][1] == 64
     assert data.train[1]["labels"][-1] == data.train[1]["input_ids"][-1]
     assert any(
-        "1 rows were cut to 64 tokens (model.max_seq_length), such as large.jsonl:2" in w for w in data.report.warnings
+        "1 row cut to 64 tokens (model.max_seq_length), such as large.jsonl:2" in w for w in data.report.warnings
     )
 
 
@@ -243,3 +244,40 @@ def test_media_columns_are_recognised_and_named(bench):
     report = bench.prepare(bench.jsonl("media.jsonl", rows)).report
     assert any("column 'image' holds images" in warning for warning in report.warnings)
     assert any("column 'sound' holds audio" in warning for warning in report.warnings)
+
+
+def test_another_format_early_in_a_file_is_named_by_its_row_too(bench):
+    """The first row decides what the file is, also when a more specific format follows within the sample."""
+    other = {"messages": chat(("user", "x"), ("assistant", "y"))["messages"]}
+    error = bench.error(bench.jsonl("mixed.jsonl", [{"prompt": "a", "completion": "b"}] * 3 + [other]))
+    assert (error.code, error.problems[0].where) == ("data-format-mixed", "mixed.jsonl:4")
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_half_a_character_is_named_by_its_row(bench, kind):
+    """JSON can hold one half of a surrogate pair, which no tokenizer takes; it must not end in a crash."""
+    rows = {
+        "messages": ['{"prompt": "a", "completion": "b"}', '{"prompt": "a \\ud83d b", "completion": "c"}'],
+        "text": ['{"text": "a"}', '{"text": "a \\ud83d b"}'],
+    }
+    error = bench.error(bench.write("a.jsonl", "\n".join(rows[kind])))
+    assert (error.code, error.problems[0].where) == ("data-encoding", "a.jsonl:2")
+    assert "\\ud83d" in error.problems[0].why
+
+
+def test_binary_files_and_old_line_ends_are_called_what_they_are(bench):
+    error = bench.error(bench.write("a.jsonl", b"\x07\x1a\x96\xca#q"))
+    assert error.code == "data-encoding" and "not a text file" in str(error)
+    error = bench.error(bench.write("a.csv", b"prompt,completion\ra,b\rc,d\r"))
+    assert error.code == "data-parse" and "tr " in error.problems[0].fix
+
+
+def test_images_in_turns_are_named_by_the_report(bench, capsys):
+    turns = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "assistant", "content": "y"},
+    ]
+    bench.jsonl("a.jsonl", [{"messages": turns}])
+    assert main(["data", "report", str(bench.folder / "a.jsonl")]) == 2
+    told = capsys.readouterr().err
+    assert "data-format-later" in told and "a.jsonl:1" in told and "image_url" in told

@@ -46,7 +46,7 @@ def test_exact_duplicates(bench):
     assert bench.prepare(name).report.rows == 71
     report = bench.prepare({"train": name, "deduplicate": "exact"}).report
     assert (report.rows, report.duplicates) == (51, 20)
-    assert any("20 rows are repetitions" in warning for warning in report.warnings)
+    assert any("20 rows dropped as repetitions" in warning for warning in report.warnings)
 
 
 STORY = (

@@ -18,6 +18,7 @@ PROJECTIONS = {
     "self_attn.o_proj": ("hidden", "hidden"), "mlp.gate_proj": ("inner", "hidden"), "mlp.up_proj": ("inner", "hidden"),
     "mlp.down_proj": ("hidden", "inner"),
 }  # fmt: skip
+INTO_THE_STREAM = ("self_attn.o_proj", "mlp.down_proj")
 SHARD_BYTES = 4e9
 
 
@@ -70,7 +71,7 @@ def _spread(kind: str, config) -> float:
     if "embed_tokens" in kind:
         return embedding
     if "o_proj" in kind or "down_proj" in kind:
-        return 0.02 * embedding / math.sqrt(2 * config.num_hidden_layers)
+        return 0.01 * embedding / math.sqrt(2 * config.num_hidden_layers)
     return 0.02
 
 
@@ -119,5 +120,6 @@ def write_adapter(folder: Path, shape: dict) -> None:
         for name, (out, inside) in PROJECTIONS.items():
             start = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{start}.lora_A.weight"] = torch.randn(16, sides[inside]) * 0.02
-            tensors[f"{start}.lora_B.weight"] = torch.randn(sides[out], 16) * 0.02
+            strength = 0.01 / math.sqrt(2 * shape["num_hidden_layers"]) if name in INTO_THE_STREAM else 0.02
+            tensors[f"{start}.lora_B.weight"] = torch.randn(sides[out], 16) * strength
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

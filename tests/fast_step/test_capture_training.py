@@ -142,7 +142,7 @@ def test_hand_written_layers_in_graphs_learn_like_the_plain_trainer(tiny, docume
 
 
 def test_with_little_memory_graphs_make_room_for_new_shapes(tiny, documents, new_bench):
-    """There is room for one bucket and a half: a shape's first run beside the graphs does not fit."""
+    """There is room for one bucket and a half: the first run of a larger shape beside the graph does not fit."""
     data = documents(900, longest=200)
 
     def run(limit):
@@ -150,7 +150,7 @@ def test_with_little_memory_graphs_make_room_for_new_shapes(tiny, documents, new
         torch.cuda.reset_peak_memory_stats()
         model = tiny(lora=True, dtype=torch.bfloat16, device="cuda", **WIDE).train()
         with packed_attention(model):
-            bench = new_bench(model, data, budget=8192, per_step=95)
+            bench = new_bench(model, data, budget=8192, per_step=60)
             total = torch.cuda.get_device_properties(0).total_memory
             held = torch.cuda.memory_allocated()
             if limit is not None:
@@ -181,7 +181,6 @@ def test_layers_are_compiled_where_graphs_cannot_be_had(tiny, documents, new_ben
             bench = new_bench(model, data, budget=2048, capture=False, layers=layers)
             results.append(bench.steps(6))
             if layers is not None:
-                layers.switch_off()
                 report = bench.report
     ways = {bucket.way for bucket in report.buckets.values()}
     assert Way.COMPILED in ways, report.lines()

@@ -216,6 +216,18 @@ def test_every_locked_package_has_a_wheel_for_its_machine(tmp_path: Path, varian
     assert "\n + torch==2.11.0\n" in done.stderr and "\n + nvidia-cuda-nvcc==13.0." in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("said", "architectures"),
+    [("echo 9.0; echo 12.0; echo 9.0", "90-real;120-real\n"), ("echo [N/A]", "\n"), ("echo No devices; exit 6", "\n")],
+)
+def test_llama_cpp_is_compiled_for_the_gpus_that_are_here(tmp_path: Path, said: str, architectures: str) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{said}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    found = subprocess.run([ROOT / "docker/architectures.sh"], capture_output=True, text=True, env=env, check=True)
+    assert found.stdout == architectures
+
+
 def test_the_dgx_file_builds_on_a_stand_in_base() -> None:
     """Its CPU variant, every stage, on the base of the image under test; out of the cache that this one filled."""
     made_of = docker("image", "history", "--no-trunc", "--format", "{{.Comment}}", IMAGE).stdout

@@ -38,7 +38,8 @@ def rows(tables):
 
 
 def results_of(page):
-    (name,) = set(re.findall(r"results/([\w.-]+\.csv)", page))
+    """The file of the page's tables; other measurements have a word after the GPU's name."""
+    (name,) = set(re.findall(r"results/([\w.-]+-h200\.csv)", page))
     return RESULTS / name
 
 
@@ -60,6 +61,16 @@ def test_the_file_is_of_one_clean_commit_which_the_pages_name(rows):
     for path in PAGES:
         page = path.read_text()
         assert f"commit {commit}" in page.replace("Commit", "commit")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_other_files_of_a_page_are_there_and_name_a_commit(path):
+    page = path.read_text()
+    for name in set(re.findall(r"results/([\w.-]+\.csv)", page)) - {results_of(page).name}:
+        lines = (RESULTS / name).read_text().splitlines()
+        commits = {line.rsplit(",", 1)[1] for line in lines[1:]}
+        assert len(commits) == 1
+        assert f"commit {commits.pop()}" in page
 
 
 def test_what_failed_its_parity_check_has_no_speed(rows):

@@ -39,7 +39,10 @@ def data(arguments: Namespace) -> int:
     except DataError as error:
         if error.code != "data-format-later":
             raise
-        return _examples(arguments, spec, locate)
+        try:
+            return _examples(arguments, spec, locate)
+        except DataError:
+            raise error from None  # not examples either: images, say
     report = prepared.report
     if arguments.png:
         write_histogram(arguments.png, report.histogram)

@@ -82,11 +82,19 @@ def status(arguments: Namespace) -> int:
         return 0
     now = serving(root)
     jobs = list_jobs(root, ended=SHOWN_ENDED_JOBS, alive=now.alive)
-    rows = [(job.id, job.state.value, _doing(job)) for job in jobs] + waiting_in_inbox(root, alive=now.alive)
+    asked = {} if now.alive else requests_not_done(root)
+    rows = [(job.id, job.state.value, f"{_doing(job)}{asked.get(job.id, '')}") for job in jobs]
+    rows += waiting_in_inbox(root, alive=now.alive)
     text = table(rows, header=("JOB", "STATE", "")) if rows else f"no jobs yet; drop a spec into {root.inbox}"
     problems = [f"problem: {problem}" for problem in now.problems]
     emit(arguments, [as_json(root, job) for job in jobs], "\n".join([now.text, *problems, "", text]))
     return 0
+
+
+def requests_not_done(root: DataRoot) -> dict[str, str]:
+    """Job id to what was asked in control/ while nobody was there to do it."""
+    requests = control.pending(root)[0] if root.control.is_dir() else []
+    return {item.job_id: f" ({item.action} is asked, and done when Dropforge runs)" for item in requests}
 
 
 def waiting_in_inbox(root: DataRoot, *, alive: bool) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ What cannot be understood is an error with its row; what is empty is dropped and
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,9 @@ ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +106,8 @@ def convert(
 
 def refuse_mixed(row: Row, match: Match) -> None:
     """A row that lacks every column of its file's format but has those of another is another format."""
-    if match.format == "columns":
+    if not other_format(row.fields, match):
         return
-    for column in match.columns.values():
-        if column in row.fields:
-            return
-    if not any(row.fields.values()):
-        return  # an empty object is an empty row, which is dropped and counted
     raise DataError(
         "a row has another format than the rows before it",
         code="data-format-mixed",
@@ -116,6 +115,29 @@ def refuse_mixed(row: Row, match: Match) -> None:
         why=f"the file is {match.format} ({match.reason}); this row has the columns {', '.join(map(repr, row.fields))}",
         fix="put rows of one format into one file; a job may name several files",
     )
+
+
+def other_format(fields: Mapping[str, Any], match: Match) -> bool:
+    """Whether a row has none of the columns of the format, but others."""
+    if match.format == "columns":
+        return False
+    for column in match.columns.values():
+        if column in fields:
+            return False
+    return any(fields.values())  # an empty object is an empty row, which is dropped and counted
+
+
+def refuse_surrogates(row: Row) -> None:
+    """Halves of characters, which JSON can write (\\ud83d without its other half) and UTF-8 cannot."""
+    found = _SURROGATE.search(json.dumps(row.fields, ensure_ascii=False, default=str))
+    if found:
+        raise DataError(
+            "a row holds half of a character",
+            code="data-encoding",
+            where=row.where,
+            why=f"\\u{ord(found[0]):04x} is one half of a pair that writes one character; the other half is missing",
+            fix="remove it; texts are often cut there by a program that counts halves",
+        )
 
 
 def _alpaca(row: Row, columns: Mapping[str, str]) -> list[Turn]:

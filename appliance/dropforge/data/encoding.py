@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import BinaryIO, cast
 from dropforge.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a]")
 _UTF8_MARK = b"\xef\xbb\xbf"
 # Longest first: the UTF-32 mark begins with the UTF-16 one.
 _OTHER_MARKS = (
@@ -103,6 +105,14 @@ def _decode(raw: bytes, *, file: str, number: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
+        if _CONTROL.search(raw):
+            raise DataError(
+                f"{file} is not a text file",
+                code="data-encoding",
+                where=where,
+                why=f"it holds control characters and byte 0x{raw[error.start]:02x}, which is not UTF-8",
+                fix="give a text file in UTF-8; compressed and Excel files need their own suffix (.gz, .zst, .xlsx)",
+            ) from error
         start, end = max(0, error.start - 15), error.start + 15
         name = likely_encoding(raw)
         seen = raw[start:end].decode(name, errors="replace").strip()

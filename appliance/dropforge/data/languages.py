@@ -9,6 +9,8 @@ import re
 from collections import Counter
 
 LOOKED_AT = 2000
+ENOUGH_WORDS = 2
+"""One small word alone says nothing: many languages share it."""
 _RANGES = (
     ("ja", "\u3040", "\u30ff"),
     ("ko", "\uac00", "\ud7af"),
@@ -53,6 +55,5 @@ def language(text: str) -> str:
         found = _VOTES.get(word, ())
         for name in found:
             votes[name] += 1
-    if not votes:
-        return "?"
-    return votes.most_common(1)[0][0]
+    name, most = votes.most_common(1)[0] if votes else ("?", 0)
+    return name if most >= ENOUGH_WORDS else "?"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dropforge.data.column_template import ColumnTemplate
-from dropforge.data.convert import Conversation, Document, convert
+from dropforge.data.convert import Conversation, Document, convert, refuse_surrogates
 from dropforge.data.detect import Match
 from dropforge.data.languages import language
 from dropforge.data.near import signature
@@ -144,6 +144,15 @@ class RowProcessor:
 
     def process(self, rows: Sequence[Row], work: Work) -> tuple[Batch, Counts]:
         """Raises DataError with file and row for what cannot be understood."""
+        try:
+            return self._process(rows, work)
+        except (TypeError, UnicodeEncodeError):
+            # The tokenizer refuses a whole batch for one text that is none.
+            for row in rows:
+                refuse_surrogates(row)
+            raise
+
+    def _process(self, rows: Sequence[Row], work: Work) -> tuple[Batch, Counts]:
         counts = Counts(read=len(rows))
         documents: list[Document] = []
         conversations: list[Conversation] = []

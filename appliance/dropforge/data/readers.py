@@ -133,6 +133,8 @@ def _read_table(path: Path, file: str, *, delimiter: str | None) -> Iterator[Row
             start = table.line_num + 1
     except csv.Error as error:
         fix = 'a quote inside a quoted cell must be doubled (""), and every opened quote must be closed'
+        if "new-line" in str(error):
+            fix = "end lines with LF; old Mac files have CR alone, which this mends: tr '\\r' '\\n' < FILE > NEW"
         raise _parse_error(file, start, f"{error}; the row starts at this line", fix) from error
 
 

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from dropforge.data.blocks import Block, row_blocks
 from dropforge.data.cache import TokenCache, entry_key, tokenizer_hash
 from dropforge.data.column_template import ColumnTemplate, parse
+from dropforge.data.convert import other_format
 from dropforge.data.detect import Match, detect
 from dropforge.data.media import media_columns
 from dropforge.data.process import Batch, Counts, Work
@@ -115,6 +116,8 @@ class Reading:
             self._warn(f"{name}: column {column!r} holds {kind}, which training on text does not look at")
         if not isinstance(wanted, ColumnsFormat):
             match = detect(fields, file=name, forced=wanted)
+            if wanted == "auto" and any(other_format(row, match) for row in fields):
+                match = detect(fields[:1], file=name)  # the first row decides, and the first other one is named
             used = set(match.columns.values())
             unused = sorted({column for row in sample for column in row.fields} - used)
             if unused and match.format != "text":

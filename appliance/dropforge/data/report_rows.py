@@ -116,25 +116,29 @@ def _warnings(inputs: ReportInputs) -> Iterator[str]:
     counts, spec, rows = inputs.reading.counts, inputs.spec, len(inputs.train)
     if counts.reasons:
         where, why = counts.dropped[0]
-        yield f"{counts.reasons.total()} rows dropped, the first is {where}: {why}"
+        yield f"{_count(counts.reasons.total())} dropped, the first is {where}: {why}"
     if counts.truncated:
         named = ", ".join(counts.truncated_where[:3])
         length = spec.model.max_seq_length
-        yield f"{counts.truncated} rows were cut to {length} tokens (model.max_seq_length), such as {named}"
+        yield f"{_count(counts.truncated)} cut to {length} tokens (model.max_seq_length), such as {named}"
     if counts.repeated_roles:
         named = ", ".join(counts.repeated_where[:5])
-        yield f"{counts.repeated_roles} rows have two turns in a row of the same role, such as {named}"
+        yield f"{_count(counts.repeated_roles)} with two turns of the same role one after the other, such as {named}"
     if counts.rewritten:
-        yield f"the chat template rewrote contents of {counts.rewritten} rows, for example by splitting off reasoning"
+        yield f"the chat template rewrote contents of {_count(counts.rewritten)}, such as splitting off reasoning"
     if inputs.end_of_turn == "":
         yield "the chat template ends an answer without a special token, so the model will not learn when to stop"
     if inputs.duplicates:
-        yield f"{inputs.duplicates} rows are repetitions and were dropped (data.deduplicate)"
+        yield f"{_count(inputs.duplicates)} dropped as repetitions (data.deduplicate)"
     if inputs.contaminated:
         first = inputs.contaminated[0]
         done = "were removed" if spec.data.contamination == "remove" else "make the evaluation too good"
         yield f"{len(inputs.contaminated)} training rows are evaluation rows too ({first[0]} is {first[1]}) and {done}"
     if rows < FEW_ROWS:
-        yield f"only {rows} training rows; a few hundred good ones usually do much better"
+        yield f"only {_count(rows)} to train on; a few hundred good ones usually do much better"
     elif rows < GOOD_ROWS:
-        yield f"{rows} training rows are enough to begin with; 1,000 and more usually do better"
+        yield f"{rows} rows to train on are enough to begin with; 1,000 and more usually do better"
+
+
+def _count(rows: int) -> str:
+    return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"

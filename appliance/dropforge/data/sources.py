@@ -136,7 +136,7 @@ def _hub_part(source: SourceSpec) -> Part:
             why=str(error).split("\n")[0], fix="connect the machine, or copy a file to datasets/",
             reason=Reason.OFFLINE,
         ) from error  # fmt: skip
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a data set that is a script
         raise DataError(
             f"the data set {source.path!r} cannot be loaded", code="data-hub", where="data.train", why=str(error),
             fix="check split and revision",

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dropforge.llama_cpp.child import environment
+
 GRACE = 3.0
 """Seconds that a killed process gets to disappear before it is left behind."""
 PCI_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -31,7 +33,7 @@ def run_limited(words: Sequence[str | Path], *, seconds: float, env: Mapping[str
     """
     process = subprocess.Popen(
         [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, **env}, start_new_session=True,
+        env=environment(**env), start_new_session=True,
     )  # fmt: skip
     try:
         stdout, stderr = process.communicate(timeout=seconds)

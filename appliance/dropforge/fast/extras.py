@@ -60,6 +60,32 @@ ADAPTER: dict[str, Extra] = {
     "checkpoint_skip_layers": Extra(note="the memory planner decides which layers are recomputed"),
 }
 
+_DISK = "exports run in a scratch folder beside the target, which is removed"
+SAVING: dict[str, Extra] = {
+    "push_to_hub": Extra(refuse="call model.push_to_hub_merged or model.push_to_hub_gguf with the repository's name"),
+    "maximum_memory_usage": Extra(note="exports read and write tensor by tensor"),
+    "temporary_location": Extra(note=_DISK),
+    "use_temp_dir": Extra(note=_DISK),
+    "max_shard_size": Extra(note="the parts are those of the base model's own files"),
+    "safe_serialization": Extra(note="weights are always saved as safetensors", nothing=(None, True)),
+    "save_function": Extra(note="weights are always saved as safetensors"),
+    "save_peft_format": Extra(note="save_method='lora' writes the adapter in PEFT's form", nothing=(None, True)),
+    "is_main_process": Extra(note="call it in one process", nothing=(None, True)),
+    "first_conversion": Extra(note="the GGUF is quantised from the type of the merged model"),
+    "state_dict": Extra(refuse="leave state_dict out: the weights of the model are exported"),
+    "variant": Extra(refuse="leave variant out, and rename the files afterwards"),
+    "tags": Extra(note="the tag dropforge is written"),
+    "datasets": Extra(note="add them to the card on the hub"),
+    "commit_message": Extra(note="each commit says what was exported"),
+    "commit_description": Extra(note="each commit says what was exported"),
+    "create_pr": Extra(refuse="leave create_pr out: pushes go to the main branch"),
+    "revision": Extra(refuse="leave revision out: pushes go to the main branch"),
+}
+SAVING_LOCALLY = SAVING | {
+    "token": Extra(note="nothing is pushed"), "private": Extra(note="nothing is pushed"),
+    "repo_id": Extra(note="nothing is pushed"),
+}  # fmt: skip
+
 
 def check_extras(given: Mapping[str, Any], known: Mapping[str, Extra], *, function: str, names: Iterable[str]) -> None:
     """Accept or refuse the arguments in `given` by the table `known`. `names`: the function's own arguments.

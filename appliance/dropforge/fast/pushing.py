@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge import __version__
 from dropforge.export.hub_plan import HubUpload, plan_uploads
 from dropforge.export.hub_push import HubTarget, push
+from dropforge.fast.extras import SAVING, check_extras
 from dropforge.fast.saving import exported, gguf_kinds, merged_kind
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ def push_to_hub_merged(
     private: bool = False,
     token: str | None = None,
     dry_run: bool = False,
+    **extras: Any,
 ) -> list[dict[str, Any]]:
     """Export as save_pretrained_merged does and push it as `repo_id`; returns repository, commit and files.
 
     `dry_run` exports and verifies, and pushes nothing. Raises what save_pretrained_merged raises, and EnvironmentFault
     hub-auth, hub-unreachable.
     """
+    check_extras(extras, SAVING, function="push_to_hub_merged", names=("tokenizer", "save_method"))
     target = HubTarget(private=private, token=token or None, dry_run=dry_run)
     return _push(self, tokenizer, kinds=(merged_kind(save_method),), repo=repo_id, target=target)
 
@@ -46,12 +49,14 @@ def push_to_hub_gguf(
     private: bool = False,
     token: str | None = None,
     dry_run: bool = False,
+    **extras: Any,
 ) -> list[dict[str, Any]]:
     """Export as save_pretrained_gguf does, with a Modelfile, and push it as `repo_id`; returns what went where.
 
     `dry_run` exports and verifies, and pushes nothing. Raises what save_pretrained_gguf raises, and EnvironmentFault
     hub-auth, hub-unreachable.
     """
+    check_extras(extras, SAVING, function="push_to_hub_gguf", names=("tokenizer", "quantization_method"))
     target = HubTarget(private=private, token=token or None, dry_run=dry_run)
     return _push(self, tokenizer, kinds=(*gguf_kinds(quantization_method), "ollama"), repo=repo_id, target=target)
 

@@ -17,6 +17,7 @@ from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
 from dropforge.export.user_imatrix import check_imatrix
 from dropforge.export_kinds import check_export, normalise_exports
+from dropforge.fast.extras import SAVING_LOCALLY, check_extras
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.paths import ResultFolder
 
@@ -36,6 +37,7 @@ def save_pretrained_merged(
     save_directory: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
+    **extras: Any,
 ) -> dict[str, Any]:
     """Write base and adapter as one model (`merged_16bit`, or quantised: `merged_4bit`, `fp8`, `fp8_block`) or the
     adapter alone (`lora`) into a folder.
@@ -45,6 +47,7 @@ def save_pretrained_merged(
 
     Raises CommandError api-save-method; ExportError when the comparison fails.
     """
+    check_extras(extras, SAVING_LOCALLY, function="save_pretrained_merged", names=("tokenizer", "save_method"))
     kind = merged_kind(save_method)
     target = Path(save_directory)
     if save_method == "lora":
@@ -62,6 +65,7 @@ def save_pretrained_gguf(
     quantization_method: str | list[str] = "q8_0",
     *,
     imatrix_file: str | Path | None = None,
+    **extras: Any,
 ) -> dict[str, Any]:
     """Write one verified GGUF per method into the folder. Returns file name -> numbers of its verification.
 
@@ -69,6 +73,7 @@ def save_pretrained_gguf(
     tools (`make llama`). imatrix_file: an importance matrix of this base model for every quantised file.
     Raises CommandError api-save-method; ExportError, EnvironmentFault from the exporters.
     """
+    check_extras(extras, SAVING_LOCALLY, function="save_pretrained_gguf", names=("tokenizer", "quantization_method"))
     kinds = gguf_kinds(quantization_method)
     imatrix = Path(imatrix_file) if imatrix_file is not None else None
     reports = _export(self, tokenizer, kinds=kinds, target=Path(save_directory), imatrix=imatrix)

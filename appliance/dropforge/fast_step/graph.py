@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+OUT_OF_MEMORY = torch.OutOfMemoryError.__name__
+"""Stands in the reason of a recording that failed for want of memory."""
+
 
 class GraphPool:
     """Memory that graphs share which never run at the same time, and the stream they are recorded on."""

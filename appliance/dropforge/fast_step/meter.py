@@ -74,7 +74,7 @@ class StepMeter:
         self._last: float | None = None
         self._changes = 0
         self._steps = 0
-        self._empty_queue = False
+        self._due = self._empty_queue = False
 
     @contextmanager
     def waiting(self, *, data: bool = False) -> Iterator[None]:
@@ -110,10 +110,12 @@ class StepMeter:
             self.report.first_step_seconds = self.report.first_step_seconds or round(now - self._began, 2)
         elif settled and (self._empty_queue or not self._cuda):
             self._host.add(now - self._last - self._waited - self._starved, len(batch.micro))
+            self._due = False
         self._changes = changes
         self._last, self._waited, self._starved = now, 0.0, 0.0
         self._steps += 1
-        self._empty_queue = self._steps % SAMPLED == 0 or self._steps in SAMPLED_EARLY
+        self._due = self._due or self._steps % SAMPLED == 0 or self._steps in SAMPLED_EARLY
+        self._empty_queue = self._due  # until a step is measured that met no new shape
         if self._empty_queue and self._cuda:
             with self.waiting():
                 torch.cuda.synchronize(self.device)

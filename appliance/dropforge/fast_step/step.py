@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dropforge.fast_step.compiled import LayerCompiler
-from dropforge.fast_step.graph import GraphPool
+from dropforge.fast_step.graph import OUT_OF_MEMORY, GraphPool
 from dropforge.fast_step.report import BucketReport, FastReport, Way
 from dropforge.packing.collate import MicroBatch, model_inputs
 from dropforge.packing.shapes import BucketShape
@@ -166,21 +166,25 @@ class BucketStep:
         undo = self._undo()
         if undo is None:
             self._eagerly(slot)
-        else:
-            self._compile(bucket)
-            while problem := self._attempt(slot, bucket):
-                undo()
-                gc.collect()
-                if self.cuda:
-                    torch.cuda.empty_cache()
-                note = self._make_room(new=not slot.warm) if problem.out_of_memory else problem.text
-                if note:
-                    self.report.note(note)
-                    continue
-                del undo, self._slots[micro.shape]
-                bucket.way, bucket.reason = Way.SPLIT, problem.text
-                self._run_split(micro)
-                return
+            slot.warm = True
+            return
+        self._compile(slot, bucket, undo)
+        while problem := self._attempt(slot, compiled=bucket.way is Way.COMPILED):
+            undo()
+            gc.collect()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            if not problem.out_of_memory:
+                self._uncompiled(bucket, problem.text)
+                continue
+            note = self._make_room(new=not slot.warm)
+            if note:
+                self.report.note(note)
+                continue
+            del undo, self._slots[micro.shape]
+            bucket.way, bucket.reason = Way.SPLIT, problem.text
+            self._run_split(micro)
+            return
         slot.warm = True
 
     def _undo(self) -> Callable[[], None] | None:
@@ -198,30 +202,55 @@ class BucketStep:
 
         return undo
 
-    def _attempt(self, slot: _Slot, bucket: BucketReport) -> _Problem | None:
+    def _attempt(self, slot: _Slot, *, compiled: bool) -> _Problem | None:
         """What went wrong, as text, because the exception would keep the attempt's tensors alive."""
         try:
+            if self.layers is not None:
+                self.layers.switch(compiled)
             self._eagerly(slot)
         except torch.OutOfMemoryError as error:
             return _Problem(str(error).split(".")[0], out_of_memory=True)
         except Exception as error:
-            if self.layers is None or not self.layers.on:
+            if not compiled:
                 raise
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            self.layers.switch_off(why)
-            bucket.way = Way.EAGER
-            return _Problem(f"decoder layers are not compiled: {why}")
+            return _Problem(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        finally:
+            if self.layers is not None:
+                self.layers.switch(False)
         return None
 
-    def _compile(self, bucket: BucketReport) -> None:
-        """For a shape that comes again and cannot be captured."""
-        if self.layers is None or not bucket.reason or bucket.runs < COMPILE_FROM:
+    def _compile(self, slot: _Slot, bucket: BucketReport, undo: Callable[[], None]) -> None:
+        """Of a shape that comes again and cannot be captured: compiled from now on, if that computes the same."""
+        if self.layers is None or not bucket.reason or bucket.runs < COMPILE_FROM or bucket.way is Way.COMPILED:
             return
-        if self.layers.switch_on():
-            self.changes += bucket.way is not Way.COMPILED
+        if self.layers.why_not:
+            self._uncompiled(bucket, self.layers.why_not)
+            return
+        self.changes += 1
+        before = [buffer.clone() for buffer in self.grads]
+        found: list[list[torch.Tensor]] = []
+        for compiled in (False, True):
+            started = self.loss.clone()
+            problem = self._attempt(slot, compiled=compiled)
+            made = [now - then for now, then in zip((*self.grads, self.loss), (*before, started), strict=True)]
+            undo()
+            if problem is not None:
+                if not problem.out_of_memory:
+                    self._uncompiled(bucket, problem.text)
+                return
+            found.append(made)
+        difference = self.layers.difference(*found)
+        if difference:
+            self._uncompiled(bucket, f"compiled, {difference}")
+        else:
             bucket.way = Way.COMPILED
-        elif "not compiled" not in bucket.reason:
-            bucket.reason += f"; not compiled either: {self.layers.why_not}"
+
+    def _uncompiled(self, bucket: BucketReport, why: str) -> None:
+        assert self.layers is not None
+        self.layers.give_up(why)
+        bucket.way = Way.EAGER
+        if "not compiled" not in bucket.reason:
+            bucket.reason += f"; not compiled either: {why}"
 
     def _run_split(self, micro: MicroBatch) -> None:
         parts = self.split(micro)
@@ -268,6 +297,14 @@ class BucketStep:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         slot.graph, bucket.reason = self.pool.record(lambda: self._forward_backward(slot.inputs))
+        if slot.graph is None and OUT_OF_MEMORY in bucket.reason and self._drops < MOST_DROPS:
+            # What a small bucket left in the pool is in pieces too small for a large one, but not the other way round.
+            note = self._drop_graphs()
+            if note:
+                self._drops += 1
+                self.report.note(f"{note}; they are captured again")
+                before = torch.cuda.memory_reserved(self.device)
+                slot.graph, bucket.reason = self.pool.record(lambda: self._forward_backward(slot.inputs))
         if slot.graph is None:
             return
         self.captures += 1

@@ -144,7 +144,7 @@ class FastStepMixin(_Base):
         smaller = smaller_plan(self._kernels, self._memory)
         if smaller is None:
             return ""
-        self._memory = smaller
+        self._memory, self.report.planned_memory = smaller, smaller.predicted_peak
         return "\n".join(smaller.lines())
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -218,7 +218,7 @@ class FastStepMixin(_Base):
         if self._feeder is not None:
             self._feeder.close()
         if self._step is not None and self._step.layers is not None:
-            self._step.layers.switch_off()
+            self._step.layers.switch(False)
         self._step = None
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

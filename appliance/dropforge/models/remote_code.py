@@ -47,9 +47,11 @@ def needs_code(config: dict[str, Any]) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = config.get("model_type")
-    known = kind in CONFIG_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return bool(config.get("auto_map")) and not known
+    kind, named = config.get("model_type"), config.get("auto_map")
+    if not named:
+        return False
+    brings_model = not isinstance(named, dict) or "AutoModelForCausalLM" in named
+    return kind not in CONFIG_MAPPING_NAMES or (brings_model and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def foreign_class(config: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from steps import page, report
-from steps.models import ENGINES, PARITY_LAYERS, SHAPES, TINY_SHAPES, parse_engines, same_process
+from steps.models import ENGINES, PARITY_LAYERS, SHAPES, TINY_SHAPES, parse_engines, same_process, truth_name
 from steps.records import append
 from steps.weights import is_complete
 
@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=HERE.parent / "results" / "steps.csv")
     made.add_argument("--work", type=Path, default=Path("/tmp/dropforge-steps"), help="checkpoints and parity results")
     made.add_argument("--peer-path", default="", help="folder put on the path of liger's and unsloth's processes alone")
+    made.add_argument("--ours-path", default="", help="folders put on the path of our processes alone (flash-attn-4)")
     made.add_argument("--commit", default="unknown")
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     made.add_argument("--tiny", action="store_true", help="a tiny model at tiny shapes, to try the benchmark itself")
@@ -114,8 +115,10 @@ def start(args: argparse.Namespace, task: str, engine: str, weights: str, number
 def _environment(args: argparse.Namespace, engine: str) -> dict[str, str]:
     found = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     found.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    peers = [args.peer_path] if args.peer_path and engine.partition(":")[0] in ("liger", "unsloth") else []
-    found["PYTHONPATH"] = os.pathsep.join([*peers, str(HERE.parent), *filter(None, [found.get("PYTHONPATH", "")])])
+    extra = {"liger": args.peer_path, "unsloth": args.peer_path, "ours": args.ours_path}.get(engine.partition(":")[0])
+    found["PYTHONPATH"] = os.pathsep.join(
+        [*filter(None, [extra]), str(HERE.parent), *filter(None, [found.get("PYTHONPATH", "")])]
+    )
     return found
 
 
@@ -128,7 +131,7 @@ def _short(row: dict[str, object]) -> str:
 
 def check_parity(args: argparse.Namespace, engines: list[str], weights: str) -> None:
     """Every engine once; what an earlier command checked, its results still in --work, is not repeated."""
-    if not (args.work / f"truth-{weights}.pt").exists():
+    if not (args.work / truth_name(weights)).exists():
         start(args, "truth", "hf", weights)
     # hf is what the reference file's bf16 errors are made of
     for group in same_process([engine for engine in dict.fromkeys(engines) if engine != "hf"]):

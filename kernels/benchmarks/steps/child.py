@@ -10,7 +10,7 @@ import torch
 
 from steps import breakdown, longest, measure, parity
 from steps.engines import Loaded, load, versions
-from steps.models import MODELS, PARITY_LAYERS, parse_shapes
+from steps.models import MODELS, PARITY_LAYERS, parse_shapes, truth_name
 from steps.weights import ensure_checkpoint
 
 
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
 def truth(args: argparse.Namespace) -> None:
     """The fp32 reference of the parity check, in a process that only transformers and PEFT have touched."""
     path = ensure_checkpoint(args.work, args.model, layers=PARITY_LAYERS, device=args.device)
-    target = args.work / f"truth-{args.weights}.pt"
+    target = args.work / truth_name(args.weights)
     if not target.exists():
         parity.write_truth(path, target, weights=args.weights, device=args.device)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from steps import adapters
-from steps.models import PEER_PACKAGES, RANK, TARGETS, BatchShape
+from steps.models import CUDNN, PEER_PACKAGES, RANK, TARGETS, BatchShape
 
 
 @dataclass
@@ -67,7 +67,8 @@ def versions(engine: str, model: nn.Module) -> dict[str, str]:
     packages = ("torch", "triton", "transformers", "peft", "bitsandbytes")
     found = {package: _version(package) for package in packages}
     peers = PEER_PACKAGES.get(engine.partition(":")[0], ())
-    found["peer"] = ", ".join(f"{package} {_version(package)}" for package in peers)
+    installed = [(package, _version(package)) for package in peers if not engine.endswith(CUDNN)]
+    found["peer"] = ", ".join(f"{package} {version}" for package, version in installed if version)
     if engine == "unsloth":
         origins = {module.forward.__module__ for module in model.modules()}
         assert any("unsloth" in origin.lower() for origin in origins), f"Unsloth is not at work: {sorted(origins)}"

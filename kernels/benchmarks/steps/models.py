@@ -31,6 +31,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 PARITY_LAYERS = 2
 """Of the slice whose gradients are compared."""
+PARITY_SHAPE = "2x2304"
+"""Long enough that FlashAttention 4 takes part where it is installed."""
 RANK = 32
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES = "2x2048,8x2048,1x8192,1x32768,1x131072"
@@ -47,9 +49,14 @@ ENGINES = {
     "ours:output": "Dropforge, layer inputs and attention outputs on the GPU, attention run once",
     "ours:attention": "Dropforge, attention kept, MLP recomputed",
     "ours:keep": "Dropforge, everything kept",
+    "ours:planner-cudnn": "as ours:planner, attention by cuDNN where FlashAttention 4 would do it",
+    "ours:lean-cudnn": "as ours:lean, attention by cuDNN where FlashAttention 4 would do it",
+    "ours:equal-cudnn": "as ours:equal, attention by cuDNN where FlashAttention 4 would do it",
     "ours:ops": "Dropforge, single operations swapped, the layers' own backward, gradient checkpointing",
 }
-PEER_PACKAGES = {"liger": ("liger-kernel",), "unsloth": ("unsloth", "unsloth_zoo")}
+CUDNN = "-cudnn"
+"""Suffix of a setting."""
+PEER_PACKAGES = {"ours": ("flash-attn-4",), "liger": ("liger-kernel",), "unsloth": ("unsloth", "unsloth_zoo")}
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class BatchShape:
 def parse_shapes(text: str) -> list[BatchShape]:
     """``2x2048,1x8192`` -> shapes."""
     return [BatchShape(*(int(number) for number in part.split("x"))) for part in text.split(",")]
+
+
+def truth_name(weights: str) -> str:
+    """File of the parity check's reference."""
+    return f"truth-{weights}-{PARITY_SHAPE}.pt"
 
 
 def same_process(engines: list[str]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dropforge_kernels.modules import fa4
 from dropforge_kernels.modules.host_memory import host_available
 from dropforge_kernels.modules.memory_peak import ADAPTER_BYTES, Counts, peak
 from dropforge_kernels.modules.memory_plan import MemoryPlan, plan_memory, policies_of
@@ -14,7 +15,7 @@ from dropforge_kernels.patch.session import open_session
 from torch import nn
 
 from steps.engines import Loaded
-from steps.models import RANK, BatchShape
+from steps.models import CUDNN, RANK, BatchShape
 
 GIB = 1 << 30
 HOST_SHARE = 0.8
@@ -49,18 +50,20 @@ def prepared(model: nn.Module, *, setting: str, weights: str, device: str) -> Lo
         engine.set_policies([Keep.NONE] * len(engine.decoder.layers))  # lets go of the last shape's host memory first
         if device == "cuda":
             getattr(torch._C, "_host_emptyCache", lambda: None)()
-        policies, tile, columns = planner.choose(loaded.setting, shape)
+        name = loaded.setting.removesuffix(CUDNN)
+        fa4.switch(name == loaded.setting)
+        policies, tile, columns = planner.choose(name, shape)
         store = None
         if any(keep.on_host for keep in policies):
             store = HostStore(depth=2 if Keep.OFFLOAD_OUTPUT in policies else 1)
             store.reserve(int(float(str(columns["host_store_gib"])) * GIB), torch.device(device))
         engine.set_policies(policies, mlp_tile=tile, store=store)
-        if loaded.steal_gib and loaded.setting == "planner":
+        if loaded.steal_gib and name == "planner":
             steal.append(torch.empty(int(loaded.steal_gib * GIB), dtype=torch.uint8, device=device))
         return columns
 
     def back() -> dict[str, object] | None:
-        if planner.plan is None or loaded.setting != "planner":
+        if planner.plan is None or loaded.setting.removesuffix(CUDNN) != "planner":
             return None
         taken = sum(tensor.nbytes for tensor in steal)
         try:

@@ -15,9 +15,9 @@ import torch
 from steps import adapters
 from steps.engines import load
 from steps.measure import Clock, batch_of
-from steps.models import BatchShape
+from steps.models import PARITY_SHAPE, BatchShape, parse_shapes, truth_name
 
-SHAPE = BatchShape(2, 384)
+SHAPE = parse_shapes(PARITY_SHAPE)[0]
 TINY_SHAPE = BatchShape(2, 48)
 LOSS_TOLERANCE = 2e-3
 LEAST_COSINE = 0.999
@@ -82,8 +82,8 @@ def compare(engine: str, path: Path, truth_file: Path, *, weights: str, device: 
 
 def verdict(engine: str, folder: Path, path: Path, *, weights: str, device: str) -> dict[str, object]:
     """``compare``, remembered in ``folder`` for the later processes of one session."""
-    file = folder / f"parity-{engine.replace(':', '-')}-{weights}.json"
-    truth = folder / f"truth-{weights}.pt"
+    file = _verdict_file(engine, folder, weights)
+    truth = folder / truth_name(weights)
     if not truth.exists():
         write_truth(path, truth, weights=weights, device=device)
     found = compare(engine, path, truth, weights=weights, device=device)
@@ -93,5 +93,9 @@ def verdict(engine: str, folder: Path, path: Path, *, weights: str, device: str)
 
 def remembered(engine: str, folder: Path, *, weights: str) -> dict[str, object] | None:
     """The verdict of an earlier process, or None."""
-    file = folder / f"parity-{engine.replace(':', '-')}-{weights}.json"
+    file = _verdict_file(engine, folder, weights)
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def _verdict_file(engine: str, folder: Path, weights: str) -> Path:
+    return folder / f"parity-{engine.replace(':', '-')}-{weights}-{PARITY_SHAPE}.json"

@@ -3,7 +3,8 @@
 Three ways, by what the batch is and where it lies:
 
     packed   ``ops.packed_attention`` for rows of several documents and for capped scores; one gradient in one piece
-    dense    cuDNN for rows of one document each, without window and cap
+    dense    rows of one document each, without window and cap: FlashAttention 4 for long ones where it is installed
+             (``fa4``), else cuDNN
     graph    whatever ``ops.attention`` or ``ops.packed_attention`` do elsewhere, differentiated by autograd
 
 The first two need only qkv, the output and the log-sum-exp for their backward, and qkv can be multiplied out again; so
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from dropforge_kernels.dispatch import Backend, choose
+from dropforge_kernels.modules.fa4 import fa4_backward, fa4_forward, rows_of, usable
 from dropforge_kernels.modules.head_pieces import head_pieces
 from dropforge_kernels.modules.layer import AttentionShape, Frame
 from dropforge_kernels.ops import attention, packed_attention, qk_norm_rope, rope
@@ -27,6 +29,8 @@ from dropforge_kernels.ops._heads import launch_forward, launch_norm_backward
 from dropforge_kernels.ops.packed_attention import packed_attention_backward, packed_attention_forward
 
 _CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+FA4_LSE = 2
+"""Dimensions of FlashAttention 4's log-sum-exp (H, T); cuDNN's has four."""
 CUDNN_WIDTH = 128
 """Widest head that cuDNN's attention takes on Hopper in both directions."""
 
@@ -69,6 +73,10 @@ def attend(shape: AttentionShape, qkv: torch.Tensor, frame: Frame) -> Attended:
         assert frame.bounds is not None
         out, lse = packed_attention_forward(q, k, v, frame.bounds, shape.scale, shape.window, shape.softcap)
         return Attended(qkv, out.view(qkv.shape[0], -1), lse)
+    tokens = qkv.shape[0]
+    if usable(q, shape.groups, tokens // frame.rows):
+        out, lse, _ = fa4_forward(q, k, v, rows_of(frame.rows, tokens, q.device), shape.scale)
+        return Attended(qkv, out.view(tokens, -1), lse)
     q, k, v = (_rows(t, frame) for t in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=shape.scale
@@ -106,10 +114,11 @@ def attend_backward(shape: AttentionShape, dout: torch.Tensor, state: Attended, 
         )  # fmt: skip
     else:
         out = state.out.view(-1, shape.heads, shape.width)
-        tensors = tuple(_rows(t, frame) for t in (dout.view_as(out), out, q, k, v))
+        tensors = (dout.view_as(out), out, q, k, v)
         pieces = head_pieces(shape.heads, shape.groups, q.shape[0]) if frame.rows == 1 else 1
+        run = _fa4_backward if state.lse.dim() == FA4_LSE else _cudnn_backward
         for piece in range(pieces):
-            _cudnn_backward(shape, tensors, state.lse, tuple(_rows(t, frame) for t in into), (piece, pieces))
+            run(shape, tensors, state.lse, into, (piece, pieces), frame)
     table = frame.tables[shape.angles]
     if shape.q_norm is None or shape.k_norm is None:
         launch_forward(dq, dk, table=table, inplace=True, sign=-1)
@@ -124,27 +133,41 @@ def attend_backward(shape: AttentionShape, dout: torch.Tensor, state: Attended, 
 
 def _cudnn_backward(
     shape: AttentionShape, tensors: tuple[torch.Tensor, ...], lse: torch.Tensor, into: tuple[torch.Tensor, ...],
-    piece: tuple[int, int],
+    piece: tuple[int, int], frame: Frame,
 ) -> None:  # fmt: skip
     """Writes dq, dk and dv of piece i of n (a share of the heads) into ``into``.
 
-    tensors: dout, out, q, k, v, each (B, heads, S, D); lse (B, H, S, 1). A function of its own, so that what cuDNN
-    returns is gone before the next piece begins.
+    tensors: dout, out, q, k, v, each (T, heads, D); lse (B, H, S, 1). A function of its own, so that what cuDNN returns
+    is gone before the next piece begins.
     """
-    index, pieces = piece
-
-    def share(t: torch.Tensor) -> torch.Tensor:
-        return t if pieces == 1 else t.unflatten(1, (pieces, -1))[:, index]
-
-    dout, out, q, k, v = (share(t) for t in tensors)
+    dout, out, q, k, v = (_share(_rows(t, frame), 1, piece) for t in tensors)
     # Dropout is off, so the state of the random generator is an argument without meaning.
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     length = q.shape[2]
     made = _CUDNN_BACKWARD(
-        dout, q, k, v, out, share(lse), seed, seed, None, None, None, length, length, 0.0, True, scale=shape.scale
-    )
+        dout, q, k, v, out, _share(lse, 1, piece), seed, seed, None, None, None, length, length, 0.0, True,
+        scale=shape.scale,
+    )  # fmt: skip
     for target, gradient in zip(into, made, strict=True):
-        share(target).copy_(gradient)
+        _share(_rows(target, frame), 1, piece).copy_(gradient)
+
+
+def _fa4_backward(
+    shape: AttentionShape, tensors: tuple[torch.Tensor, ...], lse: torch.Tensor, into: tuple[torch.Tensor, ...],
+    piece: tuple[int, int], frame: Frame,
+) -> None:  # fmt: skip
+    """The same; lse (H, T)."""
+    dout, out, q, k, v = (_share(t, 1, piece) for t in tensors)
+    rows = rows_of(frame.rows, q.shape[0], q.device)
+    made = fa4_backward(dout, out, q, k, v, _share(lse, 0, piece), rows, shape.scale)
+    for target, gradient in zip(into, made, strict=True):
+        _share(target, 1, piece).copy_(gradient)
+
+
+def _share(t: torch.Tensor, dim: int, piece: tuple[int, int]) -> torch.Tensor:
+    """Piece i of n along ``dim``."""
+    index, pieces = piece
+    return t if pieces == 1 else t.unflatten(dim, (pieces, -1)).select(dim, index)
 
 
 def _rows(x: torch.Tensor, frame: Frame) -> torch.Tensor:

@@ -43,7 +43,8 @@ def document_bounds(cu_seqlens: torch.Tensor, tokens: int, *, validate: bool = T
     """
     checks.check_cu_seqlens("document_bounds", "cu_seqlens", cu_seqlens, tokens, values=validate)
     place = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens[1:], place, right=True)
+    # Not in cu_seqlens[1:]: compiled, torch 2.11 searches a slice from its base's start (pytorch issue 182343).
+    document = torch.searchsorted(cu_seqlens, place, right=True) - 1
     return Bounds(cu_seqlens[document], cu_seqlens[document + 1])
 
 
