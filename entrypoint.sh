@@ -73,8 +73,8 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$data/cache/inductor} 
 [[ $DROPFORGE_VARIANT != cpu ]] || export DROPFORGE_DEVICE=${DROPFORGE_DEVICE:-cpu}
 [[ -z ${HF_TOKEN:-} ]] || export HF_TOKEN_PATH=$run/secrets/HF_TOKEN
 mkdir -p "$HOME"
-(($# == 0)) || exec tini -- "$@"
+(($# == 0)) || exec tini -s -- "$@"
 /opt/venv/bin/python /opt/dropforge/prepare.py &
 wait $! # unlike a program in the foreground, it lets the trap interrupt
 unset JUPYTER_PASSWORD USER_PASSWORD HF_TOKEN WANDB_API_KEY SSH_KEY PUBLIC_KEY DROPFORGE_STARTED_BY
-exec tini -- /opt/venv/bin/python /opt/dropforge/supervise.py
+exec tini -s -- /opt/venv/bin/python /opt/dropforge/supervise.py

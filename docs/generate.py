@@ -232,7 +232,8 @@ def _callable(name: str, found: Any) -> str:
     own = not isinstance(found, type) or "__init__" in vars(found)
     if own:
         parameters = [p for p in inspect.signature(found).parameters.values() if p.name != "self"]
-        lines += ["```python", f"{name}(", *_parameters(parameters), ")", "```", ""]
+        call = [f"{name}(", *_parameters(parameters), ")"] if parameters else [f"{name}()"]
+        lines += ["```python", *call, "```", ""]
     lines += [inspect.getdoc(found) or "", ""]
     text = "\n".join(lines)
     # Lists of arguments keep their lines.

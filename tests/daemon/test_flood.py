@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monk
 
     def slow(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
         asked.append(len(specs))
-        now[0] += 5.0
+        now[0] += 8.0
         return [spec_check.answer(raw, filename=name) for raw, name in specs]
 
     monkeypatch.setattr(spec_batch, "_ask_child", slow)
@@ -190,13 +191,15 @@ def test_the_status_page_reads_only_the_latest_rejections(root: DataRoot, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["0.yaml", "zz.yaml"])
-def test_one_good_file_among_10_000_starts_within_a_minute(root: DataRoot, place: str) -> None:
+def test_one_good_file_among_10_000_starts_within_a_minute(root: DataRoot, place: str, record_property) -> None:
     for number in range(1, 10_000):
         drop(root, f"{number}.yaml", bad_text(number))
     drop(root, place, spec_text("good"))
-    began = time.monotonic()
+    began, before = time.monotonic(), os.times()
     with Daemon(root, options=DaemonOptions(warm=False), runner_command=FAKE_RUNNER) as daemon:
         daemon.run(until=lambda: bool(places(root).keys() & {"running", "done"}))
-    took = time.monotonic() - began
-    print(f"started after {took:.1f} s")
-    assert took < 60
+    took, cpu, busy = time.monotonic() - began, sum(os.times()[:4]) - sum(before[:4]), os.getloadavg()[0]
+    record_property("measured", f"{place}: started after {took:.0f} s ({cpu:.0f} s of CPU time, {busy:.0f} others wanted the "
+                                f"{os.cpu_count()} cores)")  # fmt: skip
+    assert cpu < 60
+    assert took < 60 or busy > 2 * (os.cpu_count() or 1), "on a machine that nobody else uses"

@@ -50,7 +50,7 @@ def test_different_system_messages_are_not_a_common_one(bench):
 def test_few_rows_and_unused_columns_are_warned_about(bench):
     report = bench.prepare(bench.jsonl("a.jsonl", [ROWS[0] | {"id": 7, "source": "x"}])).report
     assert "a.jsonl: columns not used: id, source" in report.warnings
-    assert any("only 1 training rows" in warning for warning in report.warnings)
+    assert any("only 1 row to train on" in warning for warning in report.warnings)
 
 
 def test_weights_repeat_and_thin_out(bench):

@@ -98,6 +98,21 @@ def test_the_text_says_it_all(bench):
     )
 
 
+def test_the_first_line_sums_up_and_long_examples_say_that_they_go_on(bench):
+    rows = [{"prompt": "a", "completion": ""}, {"prompt": "b", "completion": "word " * 900}]
+    report = bench.prepare(bench.jsonl("a.jsonl", rows), length=2048).report
+    text = report_text(report, tokenizer="tiny")
+    assert text.startswith("1 row to train on, 1 of 2 dropped; 2 warnings at the end.\n")
+    assert "]] [...]" in text and "a.jsonl: 2 rows" in text
+
+
+def test_languages_that_alternate_by_row_are_both_seen(bench):
+    texts = ("Was ist das und wie geht es?", "What is this and how is it?")
+    rows = [{"prompt": texts[i % 16 > 0], "completion": str(i)} for i in range(3000)]
+    shares = bench.prepare(bench.jsonl("a.jsonl", rows)).report.languages
+    assert shares["de"] == pytest.approx(1 / 16, abs=0.03) and shares["en"] == pytest.approx(15 / 16, abs=0.03)
+
+
 def test_the_picture_is_a_png_with_bars():
     image = draw([(1, 10, 5), (11, 20, 10), (21, 30, 0)])
     content = png(image)

@@ -6,7 +6,7 @@
 
 The stages of one run share --folder and may be separate calls; OUT/export-SHAPE.json and .csv hold the numbers of all
 so far. Every export is made and verified as a job does it. What a later stage does not need is removed at once: 8b
-needs 34 GiB of disk at most. Needs the built llama.cpp (DROPFORGE_LLAMA_CPP).
+needs 35 GiB of disk at most. Needs the built llama.cpp (DROPFORGE_LLAMA_CPP).
 
 Memory is sampled over the whole process tree: *anonymous* is what cannot be given back; *resident* also counts pages of
 mapped files, which the kernel takes back when memory is short.

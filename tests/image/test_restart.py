@@ -115,6 +115,14 @@ def test_a_stop_while_it_still_starts_is_heard(start: Callable[..., Container], 
     assert status == 0
 
 
+def test_an_init_of_dockers_own_below_pid_1_is_no_trouble(start: Callable[..., Container]) -> None:
+    """docker run --init, as some people always write: nothing warns, and a stop reaches the services through both."""
+    container = start("--init")
+    assert "WARN" not in container.logs() and "Zombie" not in container.logs()
+    docker("stop", "--time", "60", container.id)
+    assert container.inspect()["State"]["ExitCode"] == 0
+
+
 def test_asking_sshd_whether_it_lives_does_not_fill_the_log(victim: Container) -> None:
     """It writes two lines for everyone who leaves after its greeting; Docker asks every 30 s, for months."""
     until(30, "healthy", lambda: victim.health()[0] == 0)

@@ -23,7 +23,9 @@ def tensors(device: str) -> Tensors:
         name: random_tensor(shape, dtype=torch.float32, device=device, seed=seed)
         for seed, (name, shape) in enumerate(shapes.items())
     }
-    return made | {"head": random_tensor((16,), dtype=torch.float32, device=device, seed=9)}
+    made |= {"head": random_tensor((16,), dtype=torch.float32, device=device, seed=9)}
+    target = torch.tensor([1, -100, 31, 0, 5, 8], device=device)
+    return made | {"target": target, "advantages": torch.ones(6, device=device), **angles(device)}
 
 
 def angles(device: str, tokens: int = 6, pairs: int = 8) -> Tensors:
@@ -32,23 +34,21 @@ def angles(device: str, tokens: int = 6, pairs: int = 8) -> Tensors:
 
 
 def cross_entropy(t: Tensors, *, inplace: bool = False) -> torch.Tensor:
-    target = torch.tensor([1, -100, 31, 0, 5, 8], device=t["x"].device)
-    return ops.cross_entropy(t["x"] * 1, target, inplace_gradient=inplace)
+    return ops.cross_entropy(t["x"] * 1, t["target"], inplace_gradient=inplace)
 
 
 def grpo(t: Tensors) -> torch.Tensor:
-    advantages = torch.ones(6, device=t["x"].device)
-    return ops.grpo_loss(-t["x"].abs(), advantages, t["x"] < 1.0, old_logprobs=-t["y"].abs()).loss
+    return ops.grpo_loss(-t["x"].abs(), t["advantages"], t["x"] < 1.0, old_logprobs=-t["y"].abs()).loss
 
 
 OPERATIONS: dict[str, Callable[[Tensors], torch.Tensor | tuple[torch.Tensor, ...]]] = {
     "rms_norm": lambda t: ops.rms_norm(t["x"], t["w"], eps=1e-6),
     "add_rms_norm": lambda t: ops.add_rms_norm(t["x"], t["y"], t["w"], eps=1e-6),
     "layer_norm": lambda t: ops.layer_norm(t["x"], t["w"], t["b"], eps=1e-5),
-    "rope": lambda t: ops.rope(t["q"], t["k"], **angles(str(t["q"].device))),
+    "rope": lambda t: ops.rope(t["q"], t["k"], cos=t["cos"], sin=t["sin"]),
     "qk_norm": lambda t: ops.qk_norm(t["q"], t["k"], t["head"], t["head"], eps=1e-6),
     "qk_norm_rope": lambda t: ops.qk_norm_rope(
-        t["q"], t["k"], t["head"], t["head"], **angles(str(t["q"].device)), eps=1e-6
+        t["q"], t["k"], t["head"], t["head"], cos=t["cos"], sin=t["sin"], eps=1e-6
     ),
     "swiglu": lambda t: ops.swiglu(t["x"], t["y"]),
     "swiglu_packed": lambda t: ops.swiglu_packed(t["x"]),
@@ -61,23 +61,29 @@ OPERATIONS: dict[str, Callable[[Tensors], torch.Tensor | tuple[torch.Tensor, ...
 }
 
 
-def results(name: str, device: str) -> list[torch.Tensor]:
-    """Outputs and the gradients of every tensor that the operation reads."""
-    leaves = {key: value.requires_grad_() for key, value in tensors(device).items()}
-    out = OPERATIONS[name](leaves)
-    outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
-    assert outputs
-    found = torch.autograd.grad(
-        outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs], allow_unused=True
-    )
-    return [*(o.detach() for o in outputs), *(g for g in found if g is not None)]
+LEAVES = ("x", "y", "w", "b", "q", "k", "v", "head")
+
+
+def step(name: str, device: str) -> Callable[[], list[torch.Tensor]]:
+    """A call for the outputs and the gradients of every tensor that the operation reads; its inputs are made here."""
+    given = tensors(device)
+    leaves = [given[key].requires_grad_() for key in LEAVES]
+
+    def run() -> list[torch.Tensor]:
+        out = OPERATIONS[name](given)
+        outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        assert outputs
+        found = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        return [*(o.detach() for o in outputs), *(g for g in found if g is not None)]
+
+    return run
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_autocast_changes_nothing(device, name):
-    plain = results(name, device)
+    plain = step(name, device)()
     with torch.autocast(device, dtype=torch.bfloat16):
-        under = results(name, device)
+        under = step(name, device)()
     for a, b in zip(plain, under, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -86,7 +92,7 @@ def test_autocast_changes_nothing(device, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_captured_in_a_graph(name):
-    capture_and_replay(lambda: lambda: tuple(results(name, "cuda")))
+    capture_and_replay(lambda: step(name, "cuda"))
 
 
 @pytest.mark.gpu

@@ -26,6 +26,8 @@ CHECKED_AT_ONCE = 500
 CHECKED_AT_LEAST = 50
 CHECKED_FIRST = 50
 """The first child gets so many: a job can start soon, and a slow machine is not held up."""
+GROW_BELOW_SECONDS, SHRINK_ABOVE_SECONDS = 7.0, 10.0
+"""How long one child may keep the daemon, whose heartbeat is stale after 15 s. Fewer, larger children are cheaper."""
 SECONDS_PER_LOOK = 2.0
 """One look takes no more files after this time, so that a flood does not hold up running jobs."""
 
@@ -94,9 +96,9 @@ class Reception:
         began = self._clock()
         self._intake.check_ahead(entries)
         took = self._clock() - began
-        if took > 2 * SECONDS_PER_LOOK:
+        if took > SHRINK_ABOVE_SECONDS:
             self._batch = max(self._batch // 2, CHECKED_AT_LEAST)
-        elif took < SECONDS_PER_LOOK and len(entries) == self._batch:
+        elif took < GROW_BELOW_SECONDS and len(entries) == self._batch:
             self._batch = min(self._batch * 2, CHECKED_AT_ONCE)
 
     def _reject(self, ready: list[Ready], *, now: float, deadline: float) -> bool:

@@ -138,7 +138,7 @@ class Renderer:
             spans.append((start, end))
         for tool in tools or ():
             if str(tool.get("function", tool).get("name", "")) not in text:
-                raise _refused(where, "the template does not write the tools", turns)
+                raise _refused(where, "the template does not write the tools", turns, fix=TOOLS)
         return Rendered(text=text, spans=tuple(spans), rewritten=rewritten)
 
     def _marker(self, text: str, after: int) -> int:
@@ -170,7 +170,8 @@ class Renderer:
             raise _unstable(where, f"the text of turn {number} is not where the template should put it")
         for call in turn.get("tool_calls", ()):
             if call["function"]["name"] not in span:
-                raise _refused(where, f"the template does not write the tool call of turn {number}", [turn])
+                why = f"the template does not write the tool call of turn {number}"
+                raise _refused(where, why, [turn], fix=TOOLS)
 
     def _template(
         self,
@@ -293,13 +294,17 @@ def _blank_system(turns: Sequence[Turn]) -> bool:
     return turns[0]["role"] == "system" and not turns[0]["content"].strip()
 
 
-def _refused(where: str, why: str, turns: Sequence[Turn]) -> DataError:
+ORDER = "bring the turns into the order this model expects, or set data.template: chatml"
+TOOLS = "set data.template to one that writes tools (docs/guides/chat-templates.md), or take the tools out of the row"
+
+
+def _refused(where: str, why: str, turns: Sequence[Turn], *, fix: str = ORDER) -> DataError:
     return DataError(
         "the chat template refuses a conversation",
         code="data-template-refused",
         where=where,
         why=f"{why}; the roles are {', '.join(turn['role'] for turn in turns)}",
-        fix="bring the turns into the order this model expects, or set data.template: chatml",
+        fix=fix,
     )
 
 

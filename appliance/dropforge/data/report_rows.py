@@ -84,7 +84,7 @@ def build_report(inputs: ReportInputs) -> DataReport:
 def example(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]], *, tokens: int = EXAMPLE_TOKENS
 ) -> tuple[tuple[str, bool], ...]:
-    """The first `tokens` tokens of a row as (text, is it learnt), in turn."""
+    """The first `tokens` tokens of a row as (text, is it learnt), in turn; ` [...]` behind them: it goes on."""
     pieces: list[tuple[list[int], bool]] = []
     for token, label in list(zip(row["input_ids"], row["labels"], strict=True))[:tokens]:
         learnt = label != IGNORED
@@ -92,7 +92,8 @@ def example(
             pieces[-1][0].append(token)
         else:
             pieces.append(([token], learnt))
-    return tuple((str(tokenizer.decode(ids)), learnt) for ids, learnt in pieces)
+    cut = ((" [...]", False),) if len(row["input_ids"]) > tokens else ()
+    return (*((str(tokenizer.decode(ids)), learnt) for ids, learnt in pieces), *cut)
 
 
 def _first(inputs: ReportInputs) -> Iterator[dict[str, list[int]]]:

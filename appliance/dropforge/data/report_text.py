@@ -14,7 +14,7 @@ def report_text(report: DataReport, *, tokenizer: str, colour: bool = False) -> 
     """The whole report. `tokenizer` says in words which tokenizer counted; what is learnt is green, or in [[ ]]."""
     lines = [_summary(report), "", "FILES"]
     for file in report.files:
-        lines.append(f"  {file.path}: {file.rows:,} rows, {_size(file.bytes)}, format {file.format}")
+        lines.append(f"  {file.path}: {_count(file.rows, 'row')}, {_size(file.bytes)}, format {file.format}")
         lines.append(f"    because {file.format_reason}")
     lines += ["", "ROWS", *_indent(_rows(report))]
     lines += ["", "LENGTHS of rows in tokens (about four letters of English each)", f"  counted with {tokenizer}"]
@@ -39,8 +39,8 @@ def _summary(report: DataReport) -> str:
     """What a reader in a hurry takes away."""
     dropped = f", {report.rows_dropped:,} of {report.rows_read:,} dropped" if report.rows_dropped else ""
     warned = len(report.warnings)
-    noted = f"{warned} warning{'s' * (warned > 1)} at the end" if warned else "no warnings"
-    return f"{report.rows:,} rows to train on{dropped}; {noted}."
+    noted = f"{_count(warned, 'warning')} at the end" if warned else "no warnings"
+    return f"{_count(report.rows, 'row')} to train on{dropped}; {noted}."
 
 
 def _rows(report: DataReport) -> list[str]:
@@ -91,7 +91,7 @@ def _lengths(report: DataReport) -> list[str]:
 
 def _packing(report: DataReport) -> list[str]:
     return [
-        f"at {entry.budget:>6,} tokens: {100 * entry.efficiency:5.1f} % full in {entry.rows:,} packed rows "
+        f"at {entry.budget:>6,} tokens: {100 * entry.efficiency:5.1f} % full in {_count(entry.rows, 'packed row')} "
         f"(unpacked: {100 * entry.alone:.1f} %)"
         for entry in report.packing
     ] or ["nothing to pack"]
@@ -100,6 +100,10 @@ def _packing(report: DataReport) -> list[str]:
 def _example(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> str:
     start, end = (_LEARNT, _OFF) if colour else ("[[", "]]")
     return "".join(f"{start}{text}{end}" if learnt else text for text, learnt in pieces)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def _indent(lines: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ LOSS_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 5e-2
 """Relative. Another order of roundings in bf16 stays well below both."""
 RANDOM_LOSS_TOLERANCE = 0.2
-"""With dropout two runs differ anyway: then the loss must be about as large, and the gradient within a factor of two."""
+"""With dropout two runs differ anyway: the loss must then be about as large, and the gradient within a factor of 2."""
 
 
 class LayerCompiler:
@@ -45,6 +45,7 @@ class LayerCompiler:
         self.random = has_dropout(model)
         self.on = False
         self._compiled: list[Any] = []
+        self._opaque: Any = None
 
     def switch(self, on: bool) -> None:
         """Compiled from the next call on, unless there is a reason why not; or as they were."""
@@ -55,9 +56,10 @@ class LayerCompiler:
             # The first shape gets code of its own; from the second on lengths are variables, so that a handful of
             # bucket sizes does not mean as many compilations.
             self._compiled = [torch.compile(layer._call_impl, backend=self.backend) for layer in self.layers]
+            self._opaque = torch.compiler.disable(attention_forward)
         for layer, compiled in zip(self.layers, self._compiled, strict=True):
             layer._compiled_call_impl = compiled if on else None
-        AttentionInterface.register(NAME, torch.compiler.disable(attention_forward) if on else attention_forward)
+        AttentionInterface.register(NAME, self._opaque if on else attention_forward)
         self.on = on
 
     def give_up(self, why_not: str) -> None:

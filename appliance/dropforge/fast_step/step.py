@@ -192,7 +192,7 @@ class BucketStep:
         written = (*self.grads, self.loss)
         if self._untouched:
             return lambda: _zero(written)
-        if sum(buffer.numel() * buffer.element_size() for buffer in written) > MOST_KEPT:
+        if not self._copyable():
             return None
         kept = [buffer.clone() for buffer in written]
 
@@ -201,6 +201,9 @@ class BucketStep:
                 buffer.copy_(before)
 
         return undo
+
+    def _copyable(self) -> bool:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.grads) <= MOST_KEPT
 
     def _attempt(self, slot: _Slot, *, compiled: bool) -> _Problem | None:
         """What went wrong, as text, because the exception would keep the attempt's tensors alive."""
@@ -222,6 +225,9 @@ class BucketStep:
     def _compile(self, slot: _Slot, bucket: BucketReport, undo: Callable[[], None]) -> None:
         """Of a shape that comes again and cannot be captured: compiled from now on, if that computes the same."""
         if self.layers is None or not bucket.reason or bucket.runs < COMPILE_FROM or bucket.way is Way.COMPILED:
+            return
+        if not self._copyable():
+            self._uncompiled(bucket, "the gradients are too large to check it")
             return
         if self.layers.why_not:
             self._uncompiled(bucket, self.layers.why_not)
