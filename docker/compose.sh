@@ -12,7 +12,7 @@ up() {
 	if command -v nvidia-smi >/dev/null; then
 		arguments+=(--gpus all)
 	fi
-	for name in JUPYTER_PASSWORD SSH_KEY PUBLIC_KEY USER_PASSWORD HF_TOKEN WANDB_API_KEY DROPFORGE_DEVICE; do
+	for name in JUPYTER_PASSWORD SSH_KEY PUBLIC_KEY USER_PASSWORD HF_TOKEN WANDB_API_KEY DROPFORGE_DEVICE DROPFORGE_ALLOW_REMOTE_CODE; do
 		[[ -z ${!name:-} ]] || arguments+=(--env "$name") # by name: values stay out of the process list
 	done
 	"$docker" run "${arguments[@]}" "$image" >/dev/null

@@ -85,6 +85,10 @@ def test_target_modules_and_second_adapter():
         ({"lora_alpha": -1}, "api-lora", "lora_alpha", "above 0"),
         ({"lora_dropout": 1.5}, "api-lora", "lora_dropout", "from 0 to less than 1"),
         ({"bias": "some"}, "api-lora", "bias", "none, all, lora_only"),
+        ({"rank_pattern": {"q_prj": 4}}, "adapter-target-unknown", "rank_pattern", "did you mean 'q_proj'?"),
+        ({"alpha_pattern": {"(q": 4}}, "adapter-target-unknown", "alpha_pattern", "end of a module's path"),
+        ({"exclude_modules": ["v_prj"]}, "adapter-target-unknown", "exclude_modules", "did you mean 'v_proj'?"),
+        ({"exclude_modules": "up_proj"}, "adapter-target-unknown", "exclude_modules", "write ['up_proj'], as a list"),
     ],
 )
 def test_arguments_of_get_peft_model(arguments, code, where, fix, loaded):

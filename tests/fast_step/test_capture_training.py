@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from dropforge.fast_step.compiled import LayerCompiler
@@ -49,8 +47,7 @@ def test_gradient_of_a_step_is_equal_for_one_two_and_four_graphs(tiny, documents
             bench.feeder.close()
         assert captured(bench.report), bench.report.lines()
         found.append((len(batch.micro), float(bench.step.loss), next(iter(bench.flat.grads.values())).float()))
-    assert found[0][0] == 1
-    assert found[-1][0] >= 4
+    assert [micro for micro, _, _ in found] == [1, 2, 4]
     for _, loss, grad in found[1:]:
         assert loss == pytest.approx(found[0][1], rel=2e-3)
         assert distance(grad, found[0][2]) < 2e-2
@@ -148,27 +145,25 @@ def test_with_little_memory_graphs_make_room_for_new_shapes(tiny, documents, new
     data = documents(900, longest=200)
 
     def run(limit):
-        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         model = tiny(lora=True, dtype=torch.bfloat16, device="cuda", **WIDE).train()
         with packed_attention(model):
             bench = new_bench(model, data, budget=8192, per_step=60)
+            total = torch.cuda.get_device_properties(0).total_memory
             held = torch.cuda.memory_allocated()
             if limit is not None:
-                total = torch.cuda.get_device_properties(0).total_memory
                 torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + limit) / total)
             try:
                 found = bench.steps(9)
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0)
-            return bench.report, found, torch.cuda.max_memory_allocated() - held
+            return bench, found, torch.cuda.max_memory_allocated() - held
 
-    free, theirs, peak = run(None)
-    report, ours, needed = run(int(1.3 * peak))
-    numbers = [(bucket.shape.tokens, bucket.runs, bucket.way, bucket.reason, bucket.graph_bytes) for found in
-               (free, report) for bucket in found.buckets.values()]  # fmt: skip
-    assert any("given up" in note for note in report.notes), (report.notes, peak, needed, numbers)
+    _, theirs, peak = run(None)
+    bench, ours, _ = run(int(1.5 * peak) + (64 << 20))
+    assert any("given up" in note for note in bench.report.notes), (bench.report.notes, peak)
+    assert captured(bench.report), bench.report.lines()
     for (loss, grad), (other, expected) in zip(ours, theirs, strict=True):
         assert loss == pytest.approx(other, rel=2e-3)
         assert distance(grad.float(), expected.float()) < 2e-2
@@ -186,10 +181,8 @@ def test_layers_are_compiled_where_graphs_cannot_be_had(tiny, documents, new_ben
             results.append(bench.steps(6))
             if layers is not None:
                 report = bench.report
-    again = [bucket for bucket in report.buckets.values() if bucket.runs >= 3]
-    assert again
-    assert all(bucket.way is Way.COMPILED or "not compiled either" in bucket.reason for bucket in again), report.lines()
-    print(report.lines())
+    ways = {bucket.way for bucket in report.buckets.values()}
+    assert Way.COMPILED in ways, report.lines()
     for (loss, grad), (other, expected) in zip(*results, strict=True):
         assert loss == pytest.approx(other, rel=5e-3)
         assert distance(grad.float(), expected.float()) < 5e-2

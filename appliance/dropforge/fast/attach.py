@@ -8,7 +8,7 @@ from typing import Any
 
 from dropforge.errors import CommandError
 from dropforge.fast.adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
-from dropforge.fast.checks import check_layers, check_lora
+from dropforge.fast.checks import check_layers, check_lora, check_modules, check_name_patterns
 from dropforge.fast.repeated import keep_adapter
 from dropforge.fast.state import ModelState, needed_state
 from dropforge.models.plain_lora import initial_pairs
@@ -35,6 +35,13 @@ def attach(
         LOG.warning("get_peft_model changes nothing: the model was loaded with full_finetuning=True")
         return model
     chosen_layers = _layers(model, layers, last_layers)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for argument in ("rank_pattern", "alpha_pattern", "exclude_modules"):
+        patterns = fields[argument] or ()
+        if isinstance(patterns, str):
+            check_modules(base, argument=argument, names=patterns)
+        else:
+            check_name_patterns(base, argument=argument, patterns=patterns)
     if isinstance(model, PeftModel):
         asked = choose_targets(model.get_base_model(), target_modules=targets, modules_to_save=modules_to_save)
         return keep_adapter(model, chosen=asked, layers=chosen_layers, switches=switches, fields=fields)

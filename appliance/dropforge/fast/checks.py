@@ -84,6 +84,25 @@ def _check_pattern(pattern: str, paths: set[str], *, known: set[str], argument: 
     )  # fmt: skip
 
 
+def check_name_patterns(model: nn.Module, *, argument: str, patterns: Iterable[str]) -> None:
+    """Every pattern must match the end of some module's path, as PEFT matches rank_pattern, alpha_pattern and a list of
+    exclude_modules. PEFT leaves out those that match nothing without a word."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for pattern in patterns:
+        try:
+            if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+                continue
+            why = "PEFT would pass over it without a word"
+        except re.error as error:
+            why = f"it is no valid expression: {error}"
+        leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=1)
+        raise ModelError(
+            f"{argument}: no module of this model matches {pattern!r}", code="adapter-target-unknown", where=argument,
+            why=why, fix=f"did you mean {near[0]!r}?" if near else "use the end of a module's path, such as 'q_proj'",
+        )  # fmt: skip
+
+
 def _choices(argument: str) -> str:
     return "use names from that list" + (", or 'all-linear'" if argument.endswith("target_modules") else "")
 

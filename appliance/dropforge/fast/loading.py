@@ -189,22 +189,13 @@ def _bitsandbytes(compute: torch.dtype, *, four_bit: bool) -> Any:
 
 
 def _fit_vocabulary(model: PreTrainedModel, rows: int, repairs: list[str]) -> None:
-    """Never shrinks: published embeddings are often padded beyond the vocabulary."""
-    import torch
+    from dropforge.models.drawn_rows import grow_vocabulary
 
-    from dropforge.models.drawn_rows import drawn_rows
-
-    embedding: Any = model.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if weight is None or rows <= weight.shape[0]:
-        return
-    had = weight.shape[0]
-    repairs.append(f"the embedding grew from {had} to {rows} rows, the new ones drawn from the distribution of the old")
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    with torch.no_grad():
-        for table in {id(layer.weight): layer.weight for layer in tables if layer is not None}.values():
-            table[had:] = drawn_rows(table[:had], rows - had).to(table.dtype)
+    had = grow_vocabulary(model, rows)
+    if had < rows:
+        repairs.append(
+            f"the embedding grew from {had} to {rows} rows, the new ones drawn from the distribution of the old"
+        )
 
 
 def _agree_on_special_tokens(model: Any, tokenizer: Any, repairs: list[str]) -> None:

@@ -8,10 +8,11 @@ a frozen head could never learn to write such a token: its logit is the mean of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 SAMPLED = 8192
 """Of the learnt rows: enough for their covariance, and small beside a vocabulary of 250,000."""
@@ -28,3 +29,23 @@ def drawn_rows(learnt: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tens
         mean = rows.mean(dim=0)
         weights = torch.randn(count, rows.shape[0], generator=generator).to(learnt.device)
         return mean + weights @ (rows - mean) / rows.shape[0] ** 0.5
+
+
+def grow_vocabulary(model: PreTrainedModel, rows: int) -> int:
+    """Embedding and head get `rows` rows where they have fewer, the new ones drawn. Returns how many there were.
+
+    Never shrinks: published embeddings are often padded beyond the vocabulary. Tied tables stay one matrix.
+    """
+    import torch
+
+    embedding: Any = model.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if weight is None or rows <= weight.shape[0]:
+        return rows
+    had = int(weight.shape[0])
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    with torch.no_grad():
+        for table in {id(layer.weight): layer.weight for layer in tables if layer is not None}.values():
+            table[had:] = drawn_rows(table[:had], rows - had).to(table.dtype)
+    return had

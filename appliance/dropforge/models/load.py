@@ -10,6 +10,7 @@ from dropforge.errors import ModelError
 from dropforge.fast.adapter import choose_targets, hold_in_fp32, lora_config, within_layers
 from dropforge.fast.checks import check_layers
 from dropforge.fast.rope import known_length
+from dropforge.models.drawn_rows import grow_vocabulary
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
@@ -46,10 +47,7 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
     except (ValueError, KeyError, OSError) as error:
         raise _unloadable(source, error) from error
     model.config.use_cache = False
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index, assignment, union-attr]
-    if vocab_size > rows:
-        # Mean initialisation keeps the new rows inside the distribution the model knows (Hewitt 2021).
-        model.resize_token_embeddings(vocab_size, mean_resizing=True)
+    grow_vocabulary(model, vocab_size)
     return model
 
 

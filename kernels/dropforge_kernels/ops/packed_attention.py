@@ -59,8 +59,9 @@ class Tiles(NamedTuple):
 
 @lru_cache(maxsize=16)
 def _roomy(device: torch.device) -> bool:
-    """Whether a program may have the 200 KB of shared memory that the large tiles of wide heads need (Hopper)."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 << 10
+    """Whether a program may have the 200 KB of shared memory that the large tiles of wide heads need: Hopper and
+    the large Blackwells."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def tiles(width: int, itemsize: int, *, roomy: bool = False) -> Tiles:
