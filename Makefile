@@ -41,8 +41,13 @@ llama: $(READY) ## build llama.cpp's tools into the cache (once, about 6 minutes
 demo: llama ## train a model from a dropped job, export it, ask it ten questions (no GPU, no Docker)
 	@$(BIN)/python -P examples/elements/demo.py
 
+# The numeric tests run beside the others, which mostly wait for processes: on two cores that saves half the time.
+NUMERIC := $(addprefix tests/,kernels modules families fast_step packing benchmarks)
 test: llama ## run the default tests (CPU)
-	@$(PYTEST) -q tests
+	@log=$$(mktemp); OMP_NUM_THREADS=1 $(PYTEST) -q -p no:cacheprovider $(NUMERIC) >"$$log" 2>&1 & numeric=$$!; \
+	  trap 'kill $$numeric' INT TERM; status=0; \
+	  $(PYTEST) -q tests $(addprefix --ignore=,$(NUMERIC)) || status=$$?; \
+	  wait $$numeric || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
 
 test-slow: llama ## run the tests that take minutes
 	@$(PYTEST) -q tests -m 'slow and not gpu and not image'
