@@ -202,4 +202,4 @@ def test_one_good_file_among_10_000_starts_within_a_minute(root: DataRoot, place
     record_property("measured", f"{place}: started after {took:.0f} s ({cpu:.0f} s of CPU time, {busy:.0f} others wanted the "
                                 f"{os.cpu_count()} cores)")  # fmt: skip
     assert cpu < 60
-    assert took < 60 or busy > 2 * (os.cpu_count() or 1), "on a machine that nobody else uses"
+    assert took < 60

@@ -68,7 +68,7 @@ def test_an_idle_daemon_costs_nothing(root: DataRoot, record_property) -> None:
 
 GOOD, BAD = 10_000, 10_000
 SETTLE_SECONDS, FIRST_SECONDS = 5, 10
-PATIENCE = 5400
+PATIENCE = 3600
 
 
 def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
@@ -113,7 +113,7 @@ def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
     assert min(looks) < 0.4, "20,000 files, so 0.2 s for 10,000"
     assert peak < 300 * MIB
     assert SETTLE_SECONDS + first_cpu < FIRST_SECONDS
-    assert first < FIRST_SECONDS or busy > 2 * (os.cpu_count() or 1), "on a machine that nobody else uses"
+    assert first < FIRST_SECONDS
 
 
 def places_of_first(root: DataRoot) -> bool:

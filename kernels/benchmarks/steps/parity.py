@@ -1,6 +1,6 @@
 """Loss and every adapter gradient of a two-layer slice against plain transformers in fp32.
 
-Passed when the loss is within 2e-3 of fp32 (relative), every gradient has a cosine of at least 0.998, and no gradient
+Passed when the loss is within 2e-3 of fp32 (relative), every gradient has a cosine of at least 0.999, and no gradient
 is further from fp32 than twice what plain transformers + PEFT in bf16 is (plus 1e-3, for gradients that bf16 hits by
 luck). NF4: the fp32 model holds the same codes and multiplies in fp32.
 """
@@ -20,7 +20,7 @@ from steps.models import PARITY_SHAPE, BatchShape, parse_shapes, truth_name
 SHAPE = parse_shapes(PARITY_SHAPE)[0]
 TINY_SHAPE = BatchShape(2, 48)
 LOSS_TOLERANCE = 2e-3
-LEAST_COSINE = 0.998
+LEAST_COSINE = 0.999
 """Of transformers + PEFT in bf16 the worst is about 0.9992 at this length (an error of 4% on an H200)."""
 MOST_TIMES, SLACK = 2.0, 1e-3
 
