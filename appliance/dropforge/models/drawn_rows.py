@@ -31,6 +31,15 @@ def drawn_rows(learnt: torch.Tensor, count: int, *, seed: int = 0) -> torch.Tens
         return mean + weights @ (rows - mean) / rows.shape[0] ** 0.5
 
 
+def vocabulary_tables(model: PreTrainedModel) -> list[Any]:
+    """Embedding and head as (vocabulary, width) parameters; one when they are tied."""
+    found: list[Any] = []
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None and all(module.weight is not other for other in found):
+            found.append(module.weight)
+    return found
+
+
 def grow_vocabulary(model: PreTrainedModel, rows: int) -> int:
     """Embedding and head get `rows` rows where they have fewer, the new ones drawn. Returns how many there were.
 
@@ -44,8 +53,7 @@ def grow_vocabulary(model: PreTrainedModel, rows: int) -> int:
         return rows
     had = int(weight.shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
-    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
-        for table in {id(layer.weight): layer.weight for layer in tables if layer is not None}.values():
+        for table in vocabulary_tables(model):
             table[had:] = drawn_rows(table[:had], rows - had).to(table.dtype)
     return had

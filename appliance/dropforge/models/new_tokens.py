@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dropforge.errors import CommandError
+from dropforge.models.drawn_rows import vocabulary_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,12 +70,8 @@ def _check(new_tokens: Sequence[str], method: str) -> None:
 
 
 def _tables(model: Any) -> list[Any]:
-    """Embedding and head as (vocabulary, width) tensors; one when they are tied."""
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found: list[Any] = []
-    for module in modules:
-        if module is not None and all(module.weight is not other for other in found):
-            found.append(module.weight)
+    """The vocabulary's tables. Raises CommandError api-new-tokens for quantised ones."""
+    found = vocabulary_tables(model)
     if not all(table.is_floating_point() for table in found):
         raise CommandError(
             "new tokens cannot be added to quantised embeddings", code="api-new-tokens", where="model",
