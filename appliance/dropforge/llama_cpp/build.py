@@ -30,7 +30,9 @@ from dropforge.settings import settings
 
 Log = Callable[[str], None]
 PROGRESS_SECONDS = 15.0
-BYTES_PER_JOB = 2**30
+BYTES_PER_JOB, BYTES_PER_CUDA_JOB = 2**30, 2 * 2**30
+CUDA_FLAG = "-DGGML_CUDA=ON"
+MEMINFO = Path("/proc/meminfo")
 _STEP = re.compile(rb"^\[(\d+)/(\d+)\]")
 
 
@@ -47,7 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     log = partial(print, flush=True)
     target = options.into.absolute() if options.into else cache_folder(settings().cache)
     try:
-        build(target, sdist=options.sdist, jobs=options.jobs or _jobs(), flags=options.cmake_flag, log=log)
+        build(
+            target,
+            sdist=options.sdist,
+            jobs=options.jobs or usable_jobs(options.cmake_flag),
+            flags=options.cmake_flag,
+            log=log,
+        )
     except DropforgeError as error:
         print(error, file=sys.stderr)
         return error.exit_status
@@ -83,12 +91,15 @@ def complete(folder: Path) -> bool:
     return tools and all((folder / "convert" / name).exists() for name in CONVERTER_PARTS)
 
 
-def _jobs() -> int:
-    """As many compilers as there are cores, but at most one per free GiB of memory."""
-    import psutil
+def usable_jobs(flags: Sequence[str]) -> int:
+    """As many compilers as there are cores, but no more than the free memory holds; nvcc needs twice what gcc does.
 
-    memory = psutil.virtual_memory().available // BYTES_PER_JOB
-    return int(max(1, min(len(os.sched_getaffinity(0)), memory)))
+    Reads /proc itself: the image builds with a Python that has nothing installed.
+    """
+    available = re.search(r"^MemAvailable: *(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+    assert available is not None, "Linux has told this since 3.14"
+    each = BYTES_PER_CUDA_JOB if CUDA_FLAG in flags else BYTES_PER_JOB
+    return max(1, min(len(os.sched_getaffinity(0)), int(available[1]) * 1024 // each))
 
 
 def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, flags: Sequence[str], log: Log) -> None:
@@ -98,7 +109,8 @@ def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, flags:
         *CMAKE_FLAGS, *flags,
     ]  # fmt: skip
     _run(configure, step="configuring", log=log)
-    log(f"compiling {', '.join(TARGETS)} with {jobs} jobs; about 6 minutes on 2 cores")
+    how_long = "" if flags else "; about 6 minutes on 2 cores"
+    log(f"compiling {', '.join(TARGETS)} with {jobs} job{'s' * (jobs != 1)}{how_long}")
     _run([str(tools.ninja), "-C", str(folder), "-j", str(jobs), *TARGETS], step="compiling", log=log)
 
 
