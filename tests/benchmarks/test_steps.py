@@ -53,8 +53,10 @@ def test_the_search_stops_when_there_is_no_time_and_at_the_most():
         ("nf4_group_kernel", "dequantise"),
         ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "dequantise"),
         ("rms_norm_forward_kernel", "norm, rotation, activation"),
-        ("_backward_kernel", "norm, rotation, activation"),
-        ("query_kernel", "attention"),
+        ("heads_backward_kernel", "norm, rotation, activation"),
+        ("sink_backward_kernel", "attention"),
+        ("_adamw_kernel", "optimizer"),
+        ("packed_query_kernel", "attention"),
         ("shared_row_loss_kernel", "loss"),
         ("Memcpy DtoH (Device -> Pinned)", "copy to or from the host"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "other memory-bound"),
@@ -63,15 +65,15 @@ def test_the_search_stops_when_there_is_no_time_and_at_the_most():
     ],
 )  # fmt: skip
 def test_kernels_are_sorted_by_name(kernel, kind):
-    from steps.breakdown import kind_of
+    from _kernel_kinds import kind_of
 
     assert kind_of(kernel) == kind
 
 
 def test_overlapping_kernels_count_once():
-    from steps.breakdown import _union, summary
+    from _kernel_kinds import summary, union
 
-    assert _union([(0, 10), (5, 12), (20, 21), (20.5, 20.7)]) == 13
+    assert union([(0, 10), (5, 12), (20, 21), (20.5, 20.7)]) == 13
     text = summary([("nvjet_a", 30.0, 3), ("memset", 10.0, 5)], step_ms=50.0, busy_ms=38.0)
     assert "75.0%" in text and "step 50.0 ms" in text
 
@@ -121,7 +123,7 @@ def rows() -> list[dict[str, object]]:
 
 
 def test_the_page_tells_met_and_missed(tmp_path):
-    from steps.breakdown import summary
+    from _kernel_kinds import summary
     from steps.page import table
     from steps.records import append
     from steps.report import page

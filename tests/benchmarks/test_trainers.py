@@ -12,8 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
+from benchmarks._kernel_kinds import kernels_of, summary
 from benchmarks.trainers import models, one, page, plan, run
-from benchmarks.trainers.clock import busy_ms
 from benchmarks.trainers.documents import documents
 
 
@@ -29,7 +29,7 @@ def test_lengths_are_those_of_the_named_data():
 def test_ours_runs_and_its_row_becomes_a_page(tmp_path):
     folder = models.write("tiny", tmp_path / "models")
     args = Namespace(engine="dropforge_packed", model=folder, data="tiny", steps=10, warm=2, documents=300, seconds=60.0,
-                     length=256, profile=False)  # fmt: skip
+                     length=256, profile=False, kernels=None)  # fmt: skip
     row = one.measure(args)
     assert row["valid_tok_s"] > 0
     assert row["grad_norm"] > 0
@@ -43,10 +43,13 @@ def test_ours_runs_and_its_row_becomes_a_page(tmp_path):
         "dropforge_packed",
         "unsloth_packed",
     ]
+    kinds = summary([("nvjet_a", 30.0, 3)], step_ms=50.0, busy_ms=30.0)
+    (tmp_path / "trainer-kernels-dropforge_packed-tiny-tiny.txt").write_text(kinds)
     page.page(table, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "| dropforge_packed |" in text
     assert "failed: more than 5 s" in text
+    assert "matrix product" in text and "longest kernels" not in text
 
 
 def test_a_file_of_older_columns_is_widened(tmp_path):
@@ -83,11 +86,15 @@ def test_every_planned_run_can_be_run():
 def test_busy_time_counts_overlapping_kernels_once():
     from torch.autograd import DeviceType
 
-    def event(start, end, kind=DeviceType.CUDA, annotation=False):
+    def event(name, start, end, kind=DeviceType.CUDA, annotation=False):
         return SimpleNamespace(
-            time_range=SimpleNamespace(start=start, end=end), device_type=kind, is_user_annotation=annotation
-        )
+            name=name, time_range=SimpleNamespace(start=start, end=end), device_type=kind, is_user_annotation=annotation,
+            device_time_total=end - start, self_cpu_time_total=end - start,
+        )  # fmt: skip
 
-    events = [event(0, 1000), event(500, 1500), event(600, 700), event(5000, 6000),
-              event(0, 9000, DeviceType.CPU), event(0, 9000, annotation=True)]  # fmt: skip
-    assert busy_ms(events) == pytest.approx(2.5)
+    events = [event("a", 0, 1000), event("a", 500, 1500), event("b", 600, 700), event("b", 5000, 6000),
+              event("c", 0, 9000, DeviceType.CPU), event("d", 0, 9000, annotation=True)]  # fmt: skip
+    kernels, busy = kernels_of(events)
+    assert busy == pytest.approx(2.5)
+    assert sorted(kernels) == [("a", 2.0, 2), ("b", pytest.approx(1.1), 2)]
+    assert kernels_of(events, per=2)[1] == pytest.approx(1.25)

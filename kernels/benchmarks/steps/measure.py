@@ -19,6 +19,8 @@ WARM_UP = 3
 LEAST_STEPS, MOST_STEPS = 3, 30
 LONG_STEP_S = 15.0
 """Steps that take longer are warm after the first two, and two of them are timed."""
+ALONE_STEP_S = 30.0
+"""Of steps that take longer the second is the one that is timed: the first compiled, and nothing else varies."""
 HOST_SHAPE = BatchShape(1, 64)
 
 
@@ -151,16 +153,9 @@ def _attempt(loaded: Loaded, shape: BatchShape, *, seconds: float, deadline: flo
 
 def _timed(bench: Bench, *, seconds: float, deadline: float) -> dict[str, object]:
     row, _ = bench.first_step()
-    expected = bench.step()[0]
-    least = LEAST_STEPS if expected < LONG_STEP_S else 2
-    for _ in range(WARM_UP - 1):
-        if expected < LONG_STEP_S and time.time() + (LEAST_STEPS + 2) * expected < deadline:
-            expected = bench.step()[0]
     bench.clock.reset_peaks()
-    wanted = max(least, min(MOST_STEPS, int(seconds / max(expected, 1e-6))))
-    steps: list[tuple[float, float]] = []
-    while len(steps) < wanted and (not steps or time.time() + 1.1 * expected < deadline):
-        steps.append(bench.step())
+    second = bench.step()
+    steps = [second] if second[0] >= ALONE_STEP_S else _repeated(bench, second[0], seconds=seconds, deadline=deadline)
     times = [1e3 * spent for spent, _ in steps]
     row |= {
         "steps": len(steps),
@@ -176,6 +171,20 @@ def _timed(bench: Bench, *, seconds: float, deadline: float) -> dict[str, object
     if time.time() + 10 < deadline:
         row["host_ms"] = bench.host_ms()
     return row
+
+
+def _repeated(bench: Bench, expected: float, *, seconds: float, deadline: float) -> list[tuple[float, float]]:
+    """The rest of the warm-up, then steps of about ``expected`` seconds until ``seconds`` are filled."""
+    least = LEAST_STEPS if expected < LONG_STEP_S else 2
+    for _ in range(WARM_UP - 1):
+        if expected < LONG_STEP_S and time.time() + (LEAST_STEPS + 2) * expected < deadline:
+            expected = bench.step()[0]
+    bench.clock.reset_peaks()
+    wanted = max(least, min(MOST_STEPS, int(seconds / max(expected, 1e-6))))
+    steps: list[tuple[float, float]] = []
+    while len(steps) < wanted and (not steps or time.time() + 1.1 * expected < deadline):
+        steps.append(bench.step())
+    return steps
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from benchmarks._kernel_kinds import Kernel, kernels_of
 from transformers import TrainerCallback
 
 COLD = 200
@@ -21,7 +20,8 @@ class Clock(TrainerCallback):
         began: of the trainer's creation, by time.perf_counter.
         warm, steps: optimizer steps before the measurement, and in it.
         seconds: stop measuring after so long, from 10 steps on.
-        profile: afterwards PROFILED more steps under torch's profiler, for the time in which kernels run.
+        profile: afterwards PROFILED more steps under the profiler: the time in which kernels run (gpu_ms) and which
+            they are (kernels), per step.
         counted: [real tokens so far].
     """
 
@@ -36,6 +36,7 @@ class Clock(TrainerCallback):
         self.tokens_start = self.tokens_end = self.measured = self.allocated = self.reserved = 0
         self.cold: float | None = None
         self.gpu_ms: float | None = None
+        self.kernels: list[Kernel] = []
         self._profiler: Any = None
         self._until = 0
 
@@ -58,7 +59,7 @@ class Clock(TrainerCallback):
         elif self._profiler is not None and step == self._until:
             self._now()
             self._profiler.stop()
-            self.gpu_ms = busy_ms(self._profiler.events()) / PROFILED
+            self.kernels, self.gpu_ms = kernels_of(self._profiler.events(), per=PROFILED)
             control.should_training_stop = True
 
     def cold_200(self, step_seconds: float) -> float:
@@ -80,17 +81,3 @@ class Clock(TrainerCallback):
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def busy_ms(events: Iterable[Any]) -> float:
-    """Milliseconds in which at least one kernel or copy runs, of a profiler's events."""
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in events
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
-    )
-    busy, until = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return busy / 1e3

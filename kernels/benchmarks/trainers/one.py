@@ -6,7 +6,8 @@ valid_tok_s: real tokens (no padding) per second over the steps after the warm-u
 cold_200_s: wall time of the first 200 optimizer steps from the trainer's creation on, compilation included; measured
 when the run has so many (--warm 12 --steps 190), else its own time plus the rest at the steady rate (cold_measured says
 which).
-gpu_ms_per_micro: time in which kernels or copies run, from torch's profiler over three more steps (--profile).
+gpu_ms_per_micro: time in which kernels or copies run, from torch's profiler over three more steps (--profile); with
+--kernels FILE the time by kind of kernel is written there.
 host_ms_per_micro: ours alone: time of the training thread in which it waits for nothing (dropforge.fast_step.meter).
 host_share: host_ms_per_micro over gpu_ms_per_micro.
 """
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="stop measuring after so long, from 10 steps on")
     parser.add_argument("--length", type=int, default=PACKED, help="tokens of a packed row; small ones for a CPU")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--kernels", type=Path, help="where the table of kernels of an optimizer step goes")
     args = parser.parse_args()
     print("RESULT", json.dumps(measure(args)), flush=True)
 
@@ -52,6 +54,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine.startswith("unsloth"):
         import unsloth  # noqa: F401  # before anything it patches
     import torch
+    from benchmarks._kernel_kinds import summary
     from benchmarks.trainers.clock import PROFILED, Clock
     from transformers import set_seed
 
@@ -78,6 +81,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     micro = _micro_batches(args.engine, report, trainer.state.global_step)
     gpu, host = clock.gpu_ms and clock.gpu_ms / micro, report.get("host_ms_per_micro_batch")
     steady = (clock.end - clock.start) / clock.measured
+    if args.kernels and clock.gpu_ms:
+        args.kernels.parent.mkdir(parents=True, exist_ok=True)
+        args.kernels.write_text(summary(clock.kernels, step_ms=1e3 * steady, busy_ms=clock.gpu_ms) + "\n")
     return {
         "engine": args.engine, "model": args.model.name, "data": args.data, "class": type(trainer).__name__,
         "valid_tok_s": round((clock.tokens_end - clock.tokens_start) / (clock.end - clock.start), 1),

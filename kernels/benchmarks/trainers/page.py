@@ -62,12 +62,24 @@ def page(path: Path, out: Path) -> None:
     for (model, data, commit), engines in reversed(cases.items()):
         parts.append(f"\n## {model}, {data} (commit {commit})\n")
         parts += _table(engines)
+    parts += kernels(path.parent)
     versions = sorted({row["versions"] for row in rows if row["versions"]})
     parts.append("\nVersions: " + "; ".join(versions) + ".\n")
     notes = path.with_name(f"{path.stem}-notes.md")
     if notes.exists():
         parts.append(notes.read_text())
     out.write_text("\n".join(parts))
+
+
+def kernels(folder: Path) -> Iterator[str]:
+    """The tables of kernels that ``one --kernels`` left in ``folder``, without the lists of single kernels."""
+    files = sorted(folder.glob("trainer-kernels-*.txt"))
+    if files:
+        yield "\n## Where the time of an optimizer step goes\n"
+        yield "GPU time by kind of kernel under torch's profiler, over three steps; whole lists are beside the CSV."
+    for file in files:
+        link = f"[{file.stem.removeprefix('trainer-kernels-')}](../../kernels/benchmarks/results/{file.name})"
+        yield f"\n{link}\n\n```text\n{file.read_text().split(chr(10) * 2 + 'the ', 1)[0]}\n```"
 
 
 def _table(engines: dict[str, list[dict[str, str]]]) -> Iterator[str]:

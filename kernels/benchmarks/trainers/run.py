@@ -104,6 +104,8 @@ def by_plan(args: argparse.Namespace) -> None:
             print(f"left out for want of time: {' '.join(run.key)} (about {run.seconds} s)", flush=True)
             continue
         options = ["--warm", str(run.warm), "--steps", str(run.steps), "--profile"]
+        if run.engine.startswith("dropforge"):
+            options += ["--kernels", str(args.csv.parent / f"trainer-kernels-{run.engine}-{run.model}-{run.data}.txt")]
         limit = int(min(left, 30 + 2 * run.seconds))
         began = time.monotonic()
         row = one(run.engine, folder, run.data, options, peer_path=args.peer_path, timeout=limit)

@@ -41,7 +41,7 @@ def _activation(g, ACTIVATION: tl.constexpr, alpha):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def forward_kernel(
+def glu_forward_kernel(
     gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, width, blocks, alpha, limit,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def backward_kernel(
+def glu_backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, product_ptr,
     dh_stride, gate_stride, up_stride, dgate_stride, dup_stride, width, blocks, alpha, limit,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,7 +143,7 @@ def launch_forward(
         flat = gate.is_contiguous() and up.is_contiguous()
         block, warps = _cut(activation, interleaved)
         programs, width, blocks = _grid(flat, out.numel(), shape[-1], block)
-        forward_kernel[(programs,)](
+        glu_forward_kernel[(programs,)](
             gate, up, out, gate_stride, up_stride, width, blocks, alpha, limit,
             activation, interleaved, block, num_warps=warps,
         )  # fmt: skip
@@ -173,7 +173,7 @@ def launch_backward(
     flat = all(t.is_contiguous() for t in (dh, gate, up, dgate, dup))
     block, warps = _cut(activation, interleaved)
     programs, width, blocks = _grid(flat, dh.numel(), dh.shape[-1], block)
-    backward_kernel[(programs,)](
+    glu_backward_kernel[(programs,)](
         dh, gate, up, dgate, dup, product, dh_stride, gate_stride, up_stride, dgate_stride, dup_stride,
         width, blocks, alpha, limit, activation, interleaved, product is not None, block, num_warps=warps,
     )  # fmt: skip

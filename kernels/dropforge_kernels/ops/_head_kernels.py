@@ -90,7 +90,7 @@ def _forward_tile(
 
 
 @triton.jit(do_not_specialize=["tokens", "sequence", "table_rows"])
-def forward_kernel(
+def heads_forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_ptr, k_out_ptr,
     q_batch, q_token, q_head, k_batch, k_token, k_head, table_stride, table_rows, tokens, sequence, eps, offset,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
@@ -198,7 +198,7 @@ def _backward_tiles(
 
 
 @triton.jit(do_not_specialize=["tokens", "sequence", "steps", "table_rows"])
-def norm_backward_kernel(
+def heads_backward_kernel(
     dq_ptr, dk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, positions_ptr,
     dq_in_ptr, dk_in_ptr, partial_ptr,
     dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head, q_batch, q_token, q_head, k_batch, k_token, k_head,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from dropforge_kernels.ops._common import next_power_of_2, processors
-from dropforge_kernels.ops._head_kernels import forward_kernel, norm_backward_kernel
+from dropforge_kernels.ops._head_kernels import heads_backward_kernel, heads_forward_kernel
 from dropforge_kernels.ops._sum_rows import sum_rows
 
 
@@ -99,7 +99,7 @@ def launch_forward(
     programs = -(-tokens // cut.block_t) * (chunks(heads_q, cut.block_n) + chunks(heads_k, cut.block_n))
     cos, sin = table if table is not None else (None, None)
     q_weight, k_weight = weights if weights is not None else (None, None)
-    forward_kernel[(programs,)](
+    heads_forward_kernel[(programs,)](
         q_source, k_source, q_weight, k_weight, cos, sin, positions, q_out, k_out, *q_strides, *k_strides,
         *_table_sizes(cos), tokens, sequence, eps, offset,
         heads_q, heads_k, width, cut.half, cut.pairs, cut.rest, cut.block_t, cut.block_n,
@@ -149,7 +149,7 @@ def launch_norm_backward(
         partial = torch.empty((rows, width), dtype=torch.float32, device=q.device)
     cos, sin = table if table is not None else (None, None)
     if tokens:
-        norm_backward_kernel[(programs * (q_chunks + k_chunks),)](
+        heads_backward_kernel[(programs * (q_chunks + k_chunks),)](
             dq, dk, q, k, weights[0], weights[1], cos, sin, positions, q_out, k_out, partial,
             *dq_strides, *dk_strides, *q_strides, *k_strides, *_table_sizes(cos),
             tokens, sequence, -(-blocks // programs), eps, offset,

@@ -45,7 +45,7 @@ def _scores(product, scale, softcap, CAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "window"])
-def forward_kernel(
+def packed_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, T, q_token, q_head, k_token, k_head, v_token, v_head,
     scale, softcap, window, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
@@ -85,13 +85,13 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "window"])
-def query_kernel(
+def packed_query_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, start_ptr, T,
     dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head, dq_token, dq_head, scale, softcap, window,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head: dq, and delta = sum of dout * out, which ``key_kernel`` reads."""
+    """One tile of queries of one head: dq, and delta = sum of dout * out, which ``packed_key_kernel`` reads."""
     first = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // GROUP
@@ -125,7 +125,7 @@ def query_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "window"])
-def key_kernel(
+def packed_key_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, start_ptr, end_ptr, T,
     dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head, dk_token, dk_head, dv_token, dv_head,
     scale, softcap, window, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -20,7 +20,7 @@ from dropforge_kernels.ops._common import next_power_of_2, processors
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _forward_kernel(
+def sink_forward_kernel(
     out_ptr, lse_ptr, sinks_ptr, tokens, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """One token: scales every head of out in place and moves its lse."""
@@ -42,7 +42,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "steps"])
-def _backward_kernel(
+def sink_backward_kernel(
     dout_ptr, out_ptr, lse_ptr, sinks_ptr, partial_ptr, tokens, steps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> No
     """
     tokens, heads, width = out.shape
     if tokens:
-        _forward_kernel[(tokens,)](
+        sink_forward_kernel[(tokens,)](
             out, lse, sinks, tokens, heads, width, next_power_of_2(heads), next_power_of_2(width), num_warps=4
         )
 
@@ -81,7 +81,7 @@ def sinks_gradient(dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sin
     programs = max(1, min(tokens, 4 * processors(out.device)))
     partial = torch.zeros((programs, heads), dtype=torch.float32, device=out.device)
     if tokens:
-        _backward_kernel[(programs,)](
+        sink_backward_kernel[(programs,)](
             dout, out, lse, sinks, partial, tokens, -(-tokens // programs),
             heads, width, next_power_of_2(heads), next_power_of_2(width), num_warps=4,
         )  # fmt: skip

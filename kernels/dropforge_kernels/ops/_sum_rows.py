@@ -15,7 +15,7 @@ from dropforge_kernels.ops._common import processors
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _kernel(x_ptr, out_ptr, rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_rows_kernel(x_ptr, out_ptr, rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[c] = sum over rows of x[row, c] for BLOCK_C columns, always in the same order."""
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -96,5 +96,5 @@ def sum_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     rows, width = x.shape
     out = torch.empty(width, dtype=dtype, device=x.device)
     # 8 columns are one memory sector: many programs, and most matrices are read in one step.
-    _kernel[(triton.cdiv(width, 8),)](x, out, rows, width, 512, 8, num_warps=4)
+    sum_rows_kernel[(triton.cdiv(width, 8),)](x, out, rows, width, 512, 8, num_warps=4)
     return out

@@ -23,7 +23,7 @@ MAX_WIDTH = 65536
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def layer_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, x_stride, rows, eps,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def _backward_kernel(
+def layer_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, sums_ptr, counter_ptr,
     dy_stride, x_stride, rows, steps,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr, PARAMETERS: tl.constexpr,
@@ -96,7 +96,7 @@ def _forward(x, weight, bias, eps):
         block_h, block_r, warps = row_block(width, rows, forward=True)
         if 2048 < width <= 3072 and rows * width > 32 << 20:
             block_r = 2  # 3% faster on an H200 at 2,560
-        _forward_kernel[(triton.cdiv(rows, block_r),)](
+        layer_norm_forward_kernel[(triton.cdiv(rows, block_r),)](
             x, weight, bias, y, mean, rstd, x_stride, rows, eps, width, block_h, block_r, bias is not None,
             num_warps=warps,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def _backward(dy, x, weight, mean, rstd, parameters, narrow):
         partial = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
         arrivals = counter(x.device)
     if rows:
-        _backward_kernel[(programs,)](
+        layer_norm_backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, partial, sums, arrivals, dy_stride, x_stride, rows,
             triton.cdiv(blocks, programs), width, block_h, block_r, parameters, stages, *finish_cut(x),
             num_warps=warps,

@@ -92,7 +92,7 @@ def packed_attention_forward(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     if tokens:
         m, n, warps, stages = (cut or tiles(width, q.element_size(), roomy=_roomy(q.device))).forward
-        kernels.forward_kernel[(triton.cdiv(tokens, m), heads)](
+        kernels.packed_forward_kernel[(triton.cdiv(tokens, m), heads)](
             q, k, v, out, lse, bounds.starts, tokens, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             scale, softcap or 1.0, window or 0, heads, heads // k.shape[1], width, _block(width), m, n,
             window is not None, softcap is not None, q.dtype is torch.float32, num_warps=warps, num_stages=stages,
@@ -117,12 +117,12 @@ def packed_attention_backward(
     flags = (window is not None, softcap is not None, q.dtype is torch.float32)
     strides = (*dout.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     m, n, warps, stages = chosen.query
-    kernels.query_kernel[(triton.cdiv(tokens, m), heads)](
+    kernels.packed_query_kernel[(triton.cdiv(tokens, m), heads)](
         dout, q, k, v, out, lse, delta, dq, bounds.starts, tokens, *strides, *dq.stride()[:2], *shared,
         heads, group, width, block, m, n, *flags, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     m, n, warps, stages = chosen.key
-    kernels.key_kernel[(triton.cdiv(tokens, n), k.shape[1])](
+    kernels.packed_key_kernel[(triton.cdiv(tokens, n), k.shape[1])](
         dout, q, k, v, lse, delta, dk, dv, *bounds, tokens, *strides, *dk.stride()[:2], *dv.stride()[:2], *shared,
         group, width, block, m, n, *flags, num_warps=warps, num_stages=stages,
     )  # fmt: skip

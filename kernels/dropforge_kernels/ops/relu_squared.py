@@ -29,7 +29,7 @@ def _positive(x):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _forward_kernel(x_ptr, out_ptr, x_stride, width, blocks, BLOCK: tl.constexpr):
+def relu_squared_forward_kernel(x_ptr, out_ptr, x_stride, width, blocks, BLOCK: tl.constexpr):
     """h for BLOCK elements of one row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def _forward_kernel(x_ptr, out_ptr, x_stride, width, blocks, BLOCK: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _backward_kernel(dh_ptr, x_ptr, dx_ptr, dh_stride, x_stride, width, blocks, BLOCK: tl.constexpr):
+def relu_squared_backward_kernel(dh_ptr, x_ptr, dx_ptr, dh_stride, x_stride, width, blocks, BLOCK: tl.constexpr):
     """dx for BLOCK elements of one row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def _forward(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         programs, width, blocks = _cut(x)
-        _forward_kernel[(programs,)](x, out, stride, width, blocks, BLOCK, num_warps=WARPS)
+        relu_squared_forward_kernel[(programs,)](x, out, stride, width, blocks, BLOCK, num_warps=WARPS)
     return out
 
 
@@ -69,7 +69,7 @@ def _backward(dh: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel():
         programs, width, blocks = _cut(x, dh)
-        _backward_kernel[(programs,)](dh, x, dx, dh_stride, x_stride, width, blocks, BLOCK, num_warps=WARPS)
+        relu_squared_backward_kernel[(programs,)](dh, x, dx, dh_stride, x_stride, width, blocks, BLOCK, num_warps=WARPS)
     return dx
 
 

@@ -25,7 +25,7 @@ ROUNDINGS = ("llama", "gemma")
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
     x_stride, residual_stride, rows, eps, offset,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -55,7 +55,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def _backward_kernel(
+def rms_norm_backward_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, dweight_ptr, counter_ptr,
     dy_stride, ds_stride, s_stride, rows, steps, offset,
     WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -118,7 +118,7 @@ def rms_norm_forward(
         total = torch.empty_like(y)
     if rows:
         block_h, block_r, warps = row_block(width, rows, forward=True)
-        _forward_kernel[(triton.cdiv(rows, block_r),)](
+        rms_norm_forward_kernel[(triton.cdiv(rows, block_r),)](
             x, residual, weight, y, total, rstd, x_stride, residual_stride, rows, eps, offset,
             width, block_h, block_r, residual is not None, weight is not None, llama, num_warps=warps,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def rms_norm_backward(
         dweight = torch.empty_like(weight) if rows else torch.zeros_like(weight)
         arrivals = counter(s.device)
     if rows:
-        _backward_kernel[(programs,)](
+        rms_norm_backward_kernel[(programs,)](
             dy, ds, s, weight, rstd, dx, partial, dweight, arrivals, dy_stride, ds_stride, s_stride, rows,
             triton.cdiv(blocks, programs), offset, width, block_h, block_r, ds is not None, weight is not None,
             weight_gradient, stages, *finish_cut(s), num_warps=warps,
