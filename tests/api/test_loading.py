@@ -118,7 +118,9 @@ def test_a_model_that_is_scaled_already_counts_its_factor_from_the_start(checkpo
 
 
 def test_an_adapter_under_models_and_one_of_another_model(tmp_path, monkeypatch):
-    """Named like a hub id; and one that was trained on wider layers is refused before any weight is read."""
+    """Named like a hub id; and one that was trained on wider layers is refused before any weight is read, also where it
+    does not say what it was trained on.
+    """
     from dropforge import FastLanguageModel
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +133,7 @@ def test_an_adapter_under_models_and_one_of_another_model(tmp_path, monkeypatch)
 
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"base_model_name_or_path": "builtin:tiny-qwen3"}))
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "builtin:tiny-qwen3", "auto_mapping": None}))
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ from typing import Any
 
 from dropforge.errors import CommandError
 from dropforge.fast.adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast.adapter_base import describe_base
 from dropforge.fast.checks import check_layers, check_lora, check_modules, check_name_patterns
 from dropforge.fast.repeated import keep_adapter
 from dropforge.fast.state import ModelState, needed_state
@@ -49,7 +50,8 @@ def attach(
     chosen = within_layers(model, chosen, chosen_layers)
     config = lora_config(
         chosen, init_lora_weights=init, loftq_config=loftq_config, task_type=task_type or state.task_type,
-        layers_to_transform=chosen_layers, fan_in_fan_out=_is_transposed(model), **fields,
+        layers_to_transform=chosen_layers, fan_in_fan_out=_is_transposed(model),
+        auto_mapping=describe_base(model, vocabulary=state.stored_rows), **fields,
     )  # fmt: skip
     if init == "loftq":
         _check_loftq(model, loftq_config)

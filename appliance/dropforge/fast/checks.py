@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import CommandError, ModelError
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 KERNEL_POLICIES = ("auto", "required", "off")
-NAME_BASE = "write the model it was trained on into adapter_config.json, as base_model_name_or_path"
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -169,48 +167,3 @@ def check_layers(config: Any, *, layers: int | Iterable[int] | None, argument: s
             where=argument, fix=f"use indices from 0 to {count - 1}" if count else "leave it out for all layers",
         )  # fmt: skip
     return chosen
-
-
-def check_adapter(adapter: Mapping[str, Any], *, folder: Path, config: Any, auto_class: Any, remote_code: bool) -> None:
-    """An adapter's targets must exist in the base it is put on, and have its sizes. Looks at an empty model.
-
-    Raises ModelError: adapter-target-unknown, adapter-wrong-size.
-    """
-    import torch
-
-    with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=remote_code)
-    targets = adapter.get("target_modules")
-    name, base = f"{folder.name}/adapter_config.json", adapter.get("base_model_name_or_path")
-    fix = f"this adapter is one of another architecture than {base}: {NAME_BASE}"
-    if isinstance(targets, list):
-        check_modules(model, argument=f"model_name: target_modules of {name}", names=targets, fix=fix)
-    check_modules(
-        model, argument=f"model_name: modules_to_save of {name}", names=adapter.get("modules_to_save"), fix=fix
-    )
-    _check_sizes(folder / "adapter_model.safetensors", model, base=str(adapter.get("base_model_name_or_path")))
-
-
-def _check_sizes(path: Path, model: Any, *, base: str) -> None:
-    """Each A matrix (r, in) and B matrix (out, r) against its linear layer (out, in)."""
-    from safetensors import safe_open
-
-    if not path.is_file():
-        return
-    modules = dict(model.named_modules())
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
-            place, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-            weight = getattr(modules.get(place), "weight", None)
-            if rest not in ("A.weight", "B.weight") or (weight is not None and weight.ndim != 2):
-                continue
-            shape = file.get_slice(name).get_shape()
-            have, side = (shape[1], 1) if rest == "A.weight" else (shape[0], 0)
-            if weight is None or weight.shape[side] != have:
-                raise ModelError(
-                    f"this adapter was not trained on {base}", code="adapter-wrong-size",
-                    where=f"model_name: {path.parent.name}, {name}",
-                    why="the model has no such layer" if weight is None
-                    else f"it is {have} wide there, the model {weight.shape[side]}",
-                    fix=NAME_BASE,
-                )  # fmt: skip

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
-from dropforge.fast.checks import check_adapter, check_dtype, check_kernels, check_precision, check_stored_precision
+from dropforge.fast.adapter_base import RECORD, Candidate, check_adapter, describe_base
+from dropforge.fast.checks import check_dtype, check_kernels, check_precision, check_stored_precision
 from dropforge.fast.classes import ModelKind, load_processor, model_kind
 from dropforge.fast.rope import check_length, scale_positions
 from dropforge.fast.source import AdapterFolder, find_source
-from dropforge.fast.state import STATE, ModelState
+from dropforge.fast.state import STATE, ModelState, needed_state
 from dropforge.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -78,17 +79,16 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     repairs: list[str] = []
     length = _length(request, config, repairs)
     kind = model_kind(config, auto_model=request.auto_model, only_causal=request.only_causal)
-    if adapter is not None:
-        check_adapter(
-            adapter.config, folder=adapter.path, config=config, auto_class=kind.auto_class,
-            remote_code=request.trust_remote_code,
-        )  # fmt: skip
     processor = load_processor(_tokenizer_folder(adapter, source), kind, repair=request.fix_tokenizer, repairs=repairs)
-    compute, overflows = _compute_dtype(asked, config, repairs)
-    model = _load_weights(request, source, config=config, kind=kind, compute=compute)
     tokenizer = getattr(processor, "tokenizer", processor)
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    _fit_vocabulary(model, max(len(tokenizer), request.resize_model_vocab or 0), repairs)
+    wanted = max(len(tokenizer), request.resize_model_vocab or 0)
+    if adapter is not None:
+        base = _candidate(request, source, config=config, kind=kind, rows=max(wanted, rows or 0))
+        check_adapter(adapter.config, folder=adapter.path, base=base, argument="model_name")
+    compute, overflows = _compute_dtype(asked, config, repairs)
+    model = _load_weights(request, source, config=config, kind=kind, compute=compute)
+    _fit_vocabulary(model, wanted, repairs)
     state = ModelState(
         source=source, tokenizer=tokenizer, max_seq_length=length, full_finetuning=request.full_finetuning,
         kernels=request.kernels, compute_dtype=compute, task_type=kind.task_type,
@@ -124,6 +124,14 @@ def _length(request: LoadRequest, config: Any, repairs: list[str]) -> int:
     if request.rope_scaling is not None:
         repairs.append(scale_positions(config, request.rope_scaling))
     return length
+
+
+def _candidate(request: LoadRequest, source: ModelSource, *, config: Any, kind: ModelKind, rows: int) -> Candidate:
+    import torch
+
+    with torch.device("meta"):
+        empty = kind.auto_class.from_config(config, trust_remote_code=request.trust_remote_code)
+    return Candidate(empty=empty, name=source.id, rows=rows, tokenizer=source.path)
 
 
 def _tokenizer_folder(adapter: AdapterFolder | None, source: ModelSource) -> Path:
@@ -227,7 +235,11 @@ def _continue_from(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrained
     from dropforge.fast.adapter import hold_in_fp32
 
     model.requires_grad_(False)
+    base = describe_base(model, vocabulary=needed_state(model).stored_rows)
     wrapped: Any = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=True)
+    for config in wrapped.peft_config.values():
+        if RECORD not in (config.auto_mapping or {}):
+            config.auto_mapping = base
     stored = adapter.path / "adapter_model.safetensors"
     if hold_in_fp32(wrapped) and stored.is_file():
         # They were read into 16-bit copies; once more, into those that are to be trained.
