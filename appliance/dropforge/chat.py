@@ -107,14 +107,16 @@ def choose_gguf(result: Path) -> Path | None:
 @contextmanager
 def _transformers(folder: Path, *, max_tokens: int, temperature: float) -> Iterator[Reply]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from dropforge.models.pictures import auto_class
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model: Any
     with warnings.catch_warnings():
         # The import of compressed-tensors, for FP8 folders, touches what torch deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(folder).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
     model = model.eval()

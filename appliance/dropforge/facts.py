@@ -19,6 +19,8 @@ from dropforge.spec import DataSpec, ModelSpec
 
 LINE_FORMATS = {".jsonl", ".csv", ".tsv"}
 WHOLE_FORMATS = {".json", ".xlsx", ".parquet", ".txt", ".md"}
+_TOWER = re.compile(r"(^|\.)(vision|visual|image|multi_modal|audio)")
+"""Starts of path parts of what reads pictures or sounds; text trains nothing there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class ModelFacts:
     hidden_size: int | None = None
     num_layers: int | None = None
     shape: ModelShape | None = None
-    """What the memory planner needs; None for models that are not decoders with a gated MLP."""
+    """What the memory planner needs; None where the engine's layers do not run: models that are not decoders with a
+    gated MLP, or that read pictures too."""
     on_disk: bool = False
     source: str
 
@@ -67,15 +70,18 @@ def model_facts(model: ModelSpec, *, folder: Path | None) -> ModelFacts:
         return _from_name(model.id)
     shapes = safetensors_shapes(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    linear = [s for n, s in shapes.items() if len(s) == 2 and ".layers." in n and n.endswith(".weight")]
+    pictures = "vision_config" in config
+    text = {**config, **(config.get("text_config") or {})}
+    trained = {name: shape for name, shape in shapes.items() if not (pictures and _TOWER.search(name))}
+    linear = [s for n, s in trained.items() if len(s) == 2 and ".layers." in n and n.endswith(".weight")]
     embedding = next((s for n, s in shapes.items() if n.endswith("embed_tokens.weight")), None)
     return ModelFacts(
         parameters=sum(prod(shape) for shape in shapes.values()),
         linear_shapes=tuple((s[0], s[1]) for s in linear),
         embedding_shape=(embedding[0], embedding[1]) if embedding else None,
-        hidden_size=config.get("hidden_size"),
-        num_layers=config.get("num_hidden_layers"),
-        shape=_shape(config),
+        hidden_size=text.get("hidden_size"),
+        num_layers=text.get("num_hidden_layers"),
+        shape=None if pictures else _shape(config),
         on_disk=True,
         source="the model's files",
     )

@@ -297,5 +297,6 @@ def _later(row: Row, why: str) -> DataError:
         code="data-format-later",
         where=row.where,
         why=f"{why}; this release takes texts, tool calls and tool results",
-        fix="remove the row, or wait for the release that brings images and audio",
+        fix="remove the row, or wait for the release that brings images and audio; a model that reads pictures can be"
+        " trained on text, and reads them as before",
     )

@@ -9,6 +9,7 @@ from typing import Any
 from dropforge.errors import ExportError
 from dropforge.export.adapter_file import CONFIG, WEIGHTS, read_adapter
 from dropforge.export.compare import agreement
+from dropforge.export.merge import stored_module
 from dropforge.export.reference import logprobs, spread_positions, trained_model
 from dropforge.export.request import Made
 from dropforge.export.safetensors_stream import index_folder
@@ -16,6 +17,7 @@ from dropforge.export.stage import Stage
 from dropforge.export.tokenizer_files import write_tokenizer
 from dropforge.export.verify_merged import PROMPT_POSITIONS
 from dropforge.files import read_json, sha256_file, write_json
+from dropforge.models.pictures import stored_names
 
 
 def export_adapter(stage: Stage, folder: Path) -> Made:
@@ -42,9 +44,11 @@ def verify_adapter(stage: Stage, folder: Path) -> dict[str, Any]:
     parsed = read_adapter(folder)
     folder_16_bit = stage.base.folder
     base = index_folder(folder_16_bit)
+    names = stored_names(folder_16_bit, base)
     unmatched = sorted(
-        module for module in parsed.changes if f"{module}.weight" not in base and not module.endswith("lm_head")
-    )
+        module for module in parsed.changes
+        if f"{stored_module(names, module)}.weight" not in base and not module.endswith("lm_head")
+    )  # fmt: skip
     if unmatched:
         raise _wrong(
             f"{len(unmatched)} modules of the adapter are not in the base model", where=", ".join(unmatched[:5])

@@ -11,6 +11,7 @@ Every module of the adapter must meet its base weight, else nothing is written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from dropforge.errors import ExportError
 from dropforge.export.adapter_file import AdapterFile, ModuleChange, read_adapter
 from dropforge.export.safetensors_stream import INDEX, SINGLE, TensorInfo, index_folder, read_tensor, write_file
 from dropforge.files import read_json, write_json
+from dropforge.models.pictures import reads_pictures, stored_names
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +100,10 @@ class _DoesNotFit(Exception):  # noqa: N818  (control flow inside this file)
 
 def _plan(base_folder: Path, adapter: AdapterFile | None) -> _Plan:
     base = index_folder(base_folder)
-    changes = dict(adapter.changes) if adapter else {}
+    names = stored_names(base_folder, base)
+    changes = {stored_module(names, module): change for module, change in (adapter.changes if adapter else {}).items()}
     sources = {name: name for name in base}
-    embedding = _tied_embedding(base_folder, base)
+    embedding = "" if names.get(HEAD, HEAD) in base else _tied_embedding(base_folder, base)
     untied = bool(embedding) and bool({"lm_head", embedding.removesuffix(".weight")} & set(changes))
     if untied:
         sources[HEAD] = embedding
@@ -118,15 +121,23 @@ def _plan(base_folder: Path, adapter: AdapterFile | None) -> _Plan:
     )  # fmt: skip
 
 
+def stored_module(names: Mapping[str, str], module: str) -> str:
+    """Path in the files of a module of the loaded model; `names` are stored_names'."""
+    return names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
+
 def _embedding_name(base: dict[str, TensorInfo]) -> str:
     names = [name for name in base if name.endswith(("embed_tokens.weight", "wte.weight"))]
     return names[0] if names else ""
 
 
 def _tied_embedding(folder: Path, base: dict[str, TensorInfo]) -> str:
-    """Name of the input embedding when the base shares it with its head, else empty."""
-    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
-    return _embedding_name(base) if tied and HEAD not in base else ""
+    """Name of the input embedding when the base, which has no head in its files, shares it with the head."""
+    config = read_json(folder / "config.json")
+    tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    if tied is None:
+        tied = reads_pictures(config)  # such files often leave it to their class's own default
+    return _embedding_name(base) if tied else ""
 
 
 def _refuse_partial(changes: dict[str, ModuleChange], sources: dict[str, str]) -> None:
@@ -216,11 +227,16 @@ def _write_config(base: Path, target: Path, *, label: str, plan: _Plan) -> None:
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
     config["dtype"] = label
+    text = config.get("text_config", config)
+    for part in (text, config.get("vision_config", {})):
+        if part.keys() & {"dtype", "torch_dtype"}:
+            part.pop("torch_dtype", None)
+            part["dtype"] = label
     if plan.untied:
-        config["tie_word_embeddings"] = False
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     embedding = _embedding_name(plan.base)
     if embedding and plan.shapes[embedding] != plan.base[embedding].shape:
-        config["vocab_size"] = plan.shapes[embedding][0]
+        text["vocab_size"] = plan.shapes[embedding][0]
     write_json(target / "config.json", config)
     if (base / "generation_config.json").exists():
         write_json(target / "generation_config.json", read_json(base / "generation_config.json"))

@@ -18,7 +18,7 @@ class StreamedValues(Mapping[str, "torch.Tensor"]):
     """Name in a merged folder -> PEFT's merged tensor, computed when it is asked for and not kept."""
 
     def __init__(self, model: Any, base: Path) -> None:
-        self._reader = TensorReader(base)
+        self._reader = TensorReader(base, as_loaded=True)
         self._modules: dict[str, Any] = {}
         for path, module in model.named_modules():
             # A wrapper comes before the layer inside it, and is what knows how to merge.

@@ -23,6 +23,7 @@ from dropforge.export.safetensors_stream import (
     write_stream,
 )
 from dropforge.files import read_json, write_json
+from dropforge.models.pictures import reads_pictures
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,8 @@ def linear_layers(
     Raises ExportError (export-quantize-unsupported) for models whose matrices are not plain linear layers (mixtures of
     experts, GPT-2), and when no matrix has a shape that fits.
     """
+    if reads_pictures(read_json(folder / "config.json")):
+        raise _unsupported(what, why="it reads pictures too, and only matrices of models of text are quantised")
     stored = shapes or {name: info.shape for name, info in index_folder(folder).items()}
     linear, head = _modules(folder)
     other = [

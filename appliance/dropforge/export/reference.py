@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import ExportError, Reason
 from dropforge.export.safetensors_stream import index_folder
 from dropforge.export.streamed_model import CannotStream, streamed_model
+from dropforge.models.pictures import auto_class, stored_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,11 +128,9 @@ def trained_model(base: Path, adapter: Path | None, full: Path | None, *, runs_c
 
 @contextmanager
 def _whole_trained_model(folder: Path, adapter: Path | None, *, runs_code: bool) -> Iterator[Any]:
-    from transformers import AutoModelForCausalLM
-
     model: Any
     with quiet_libraries():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(folder).from_pretrained(
             folder, dtype=compute_dtype(folder), local_files_only=True, trust_remote_code=runs_code
         )
         if adapter is not None:
@@ -171,19 +170,19 @@ def merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
 def unexpected(model: Any, folder: Path) -> dict[str, list[Any]]:
     """Tensors in the files that a streamed model has no place for; a missing one has been refused before."""
     known = set(model.state_dict())
+    files = index_folder(folder)
+    loaded = {file: name for name, file in stored_names(folder, files).items()}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    names = [name for name in index_folder(folder) if name not in known]
+    names = [name for name in files if loaded.get(name, name) not in known]
     names = [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
     return {"unexpected_keys": names} if names else {}
 
 
 @contextmanager
 def _whole_merged_model(folder: Path) -> Iterator[tuple[Any, dict[str, list[Any]]]]:
-    from transformers import AutoModelForCausalLM
-
     loaded: Any
     with quiet_libraries():
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto_class(folder).from_pretrained(
             folder,
             dtype=compute_dtype(folder),
             local_files_only=True,

@@ -19,6 +19,7 @@ from dropforge.export.go_template import OllamaTemplate, ollama_template
 from dropforge.export.imatrix import write_imatrix
 from dropforge.export.merge import merge
 from dropforge.export.probes import ANSWERED, TEXTS
+from dropforge.export.processor_files import compare_towers, write_processor
 from dropforge.export.reference import Answer, Judged, spread_positions
 from dropforge.export.request import ExportRequest
 from dropforge.export.tokenizer_files import end_generation, is_sentencepiece, set_eos, space_prefix, write_tokenizer
@@ -194,6 +195,7 @@ class Stage:
         base = request.base_path if request.full else self.base.folder
         report = merge(request.full or base, request.adapter, folder)
         repairs = write_tokenizer(request.tokenizer, folder, base=request.base_path)
+        write_processor(request.base_path, folder)
         end = self.tokenizer.convert_tokens_to_ids(self.end_token) if self.end_token else None
         end_generation(folder, end)
         self.log("comparing the merged weights with the trained model")
@@ -202,6 +204,9 @@ class Stage:
             stop=end, judged=self.judged(),
         )  # fmt: skip
         checks = {**asdict(report), **verified.checks, "repairs": repairs}
+        towers = compare_towers(folder, base=self.base.folder)
+        if towers is not None:
+            checks["tensors_for_pictures_unchanged"] = towers
         return Merged(
             folder=folder, checks=checks, answers=verified.answers, judged=verified.judged, dtype=report.dtype
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge.export.tensor_reader import TensorReader
+from dropforge.models.pictures import auto_class
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def streamed_model(folder: Path, *, adapter: Path | None = None, weight: Weight 
     """
     from dropforge.export.reference import quiet_libraries
 
-    reader = TensorReader(folder)
+    reader = TensorReader(folder, as_loaded=True)
     with quiet_libraries():
         model = _empty_model(folder)
         if adapter is not None:
@@ -55,13 +56,13 @@ def _empty_model(folder: Path) -> Any:
     """transformers' model without weights, its computed buffers in place."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return auto_class(folder).from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dropforge.errors import ExportError
 from dropforge.export.safetensors_stream import read_header, weight_files
+from dropforge.models.pictures import stored_names
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,8 @@ LABELS = {
 class TensorReader:
     """Every tensor of a model folder by name; what is asked for is read from the file each time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, as_loaded: bool = False) -> None:
+        """`as_loaded`: under the names that the loaded model has, where those in the files are others."""
         self._places: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
         for file in weight_files(folder):
             header = read_header(file)
@@ -32,6 +34,8 @@ class TensorReader:
                 start = 8 + struct.unpack("<Q", stream.read(8))[0]
             for name, entry in header.items():
                 self._places[name] = (file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        if as_loaded and (names := stored_names(folder, self._places)):
+            self._places = {loaded: self._places[name] for loaded, name in names.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -114,6 +114,8 @@ def _sentencepiece_bytes(folder: Path, definition: dict[str, Any]) -> bytes:
     ids = {
         name: _token_id(config.get(name), definition) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
     }
+    # A token added to the vocabulary is no piece of the file; its readers have it from tokenizer_config.json.
+    ids = {name: found if found < len(pieces) else -1 for name, found in ids.items()}
     return sentencepiece_model(
         pieces, bos_id=ids["bos_token"], eos_id=ids["eos_token"], pad_id=ids["pad_token"],
         unk_id=max(ids["unk_token"], 0), add_dummy_prefix=space_prefix(definition) != "never",

@@ -23,6 +23,7 @@ from dropforge.export.reference import (
     trained_model,
 )
 from dropforge.export.safetensors_stream import index_folder, read_tensor
+from dropforge.models.pictures import stored_names
 
 if TYPE_CHECKING:
     import torch
@@ -109,11 +110,13 @@ def _compare_values(folder: Path, truth: Mapping[str, torch.Tensor], *, step: fl
     """
     stored = index_folder(folder)
     untied = HEAD in stored and not isinstance(truth, StreamedValues)
+    loaded = {file: name for name, file in stored_names(folder, stored).items()}
     compared = zero = 0
-    for name, info in stored.items():
+    for file, info in stored.items():
+        name = loaded.get(file, file)
         if name not in truth or (untied and _is_shared(name, truth)):
             continue
-        mine, other = read_tensor(info, name), truth[name]
+        mine, other = read_tensor(info, file), truth[name]
         if mine.shape != other.shape:
             raise _wrong(f"{name} has the wrong shape", why=f"{tuple(mine.shape)}, expected {tuple(other.shape)}")
         largest = _difference(mine, other, step=step)
@@ -121,8 +124,8 @@ def _compare_values(folder: Path, truth: Mapping[str, torch.Tensor], *, step: fl
             raise _wrong(f"{name} differs from the trained weight", why=f"by up to {largest:.4g}")
         compared += 1
         zero += int(not bool(mine.any()))
-    absent = [name for name in stored if name not in truth]
-    known = set(stored)
+    known = {loaded.get(file, file) for file in stored}
+    absent = sorted(known - set(truth))
     tied = [name for name in truth if name not in known and not _is_shared(name, truth)]
     if bool(absent) != bool(tied):
         raise _wrong("the merged folder has other tensors than the model", why=", ".join((absent + tied)[:5]))

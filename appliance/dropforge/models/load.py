@@ -12,6 +12,7 @@ from dropforge.fast.adapter_base import describe_base
 from dropforge.fast.checks import check_layers
 from dropforge.fast.rope import known_length
 from dropforge.models.drawn_rows import grow_vocabulary
+from dropforge.models.pictures import auto_class, freeze_towers, within_language
 from dropforge.models.plain_lora import to_plain_lora
 from dropforge.models.source import ModelSource
 from dropforge.plan import Plan
@@ -30,7 +31,6 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
         ModelError: the folder holds no causal language model that transformers knows.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading shards; the job has its own progress
@@ -42,7 +42,7 @@ def load_model(source: ModelSource, *, plan: Plan, vocab_size: int) -> PreTraine
     if plan.device == "cuda":
         arguments["device_map"] = {"": 0}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_class(source.path).from_pretrained(
             source.path, local_files_only=True, trust_remote_code=source.runs_code, **arguments
         )
     except (ValueError, KeyError, OSError) as error:
@@ -66,6 +66,8 @@ def _nf4(compute_dtype: torch.dtype) -> Any:
 def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, checkpointing: bool) -> PreTrainedModel:
     """The model with LoRA matrices as its only trained weights, or every weight trained for `type: full`.
 
+    Of a model that reads pictures too, the language model alone is trained.
+
     Args:
         seed: LoRA's A matrices are random; the same seed gives the same ones.
         checkpointing: activations will be recomputed, so the inputs must require gradients.
@@ -77,7 +79,8 @@ def attach_adapter(model: PreTrainedModel, adapter: AdapterSpec, *, seed: int, c
 
     set_seed(seed)
     if adapter.type == "full":
-        return model.requires_grad_(True)  # type: ignore[return-value]
+        freeze_towers(model.requires_grad_(True))
+        return model
     from peft import get_peft_model
 
     # Frozen, and otherwise as loaded: norms and head stay in the compute type.
@@ -98,6 +101,7 @@ def _lora_config(model: PreTrainedModel, adapter: AdapterSpec) -> LoraConfig:
     chosen = choose_targets(
         model, target_modules=adapter.target_modules, modules_to_save=adapter.modules_to_save, section="adapter."
     )
+    chosen = within_language(model, chosen)
     init = adapter.init_lora_weights
     return lora_config(
         within_layers(model, chosen, layers), init_lora_weights=True if init == "default" else init, loftq_config=None,
@@ -115,12 +119,12 @@ def check_fit(source: ModelSource, *, adapter: AdapterSpec, max_seq_length: int)
         CommandError: api-layers, api-target-parts.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=source.runs_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.runs_code)
+            model = auto_class(source.path).from_config(config, trust_remote_code=source.runs_code)
     except (ValueError, KeyError, OSError) as error:
         raise _unloadable(source, error) from error
     known = known_length(config)
