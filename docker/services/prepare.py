@@ -86,13 +86,15 @@ def on_mount(folder: Path) -> bool:
 
 
 def gpus(env: Mapping[str, str], data: Path) -> int:
-    """How many GPUs there are. Raises RefusedError when there must be one and is none."""
-    from dropforge.doctor.driver import ask_nvidia_smi, no_gpu
+    """How many GPUs there are. Raises RefusedError when there must be one and none can be used."""
+    from dropforge.doctor.driver import ask_nvidia_smi, driver_version, no_gpu, packaged_cuda
     from dropforge.hardware import probe
 
     hardware = probe(data)
-    if not hardware.gpus and env.get("DROPFORGE_DEVICE", "auto") != "cpu":
-        found = no_gpu(ask_nvidia_smi())
+    if env.get("DROPFORGE_DEVICE", "auto") == "cpu":
+        return len(hardware.gpus)
+    found = driver_version(hardware.gpus[0].driver, cuda=packaged_cuda()) if hardware.gpus else no_gpu(ask_nvidia_smi())
+    if not hardware.gpus or found.level == "fault":
         raise RefusedError(
             f"there is no usable GPU: {found.what.removeprefix('GPU: ')}\n  fix: {found.fix}\n"
             "  or:  ask for the CPU with -e DROPFORGE_DEVICE=cpu, which suits tiny models"

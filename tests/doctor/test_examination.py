@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from dropforge.doctor.causes import CAUSES, find_cause
-from dropforge.doctor.driver import QUERY, Smi, parse_rows
-from dropforge.doctor.examination import Instruments, gpu_findings, llama_findings, trial_findings
+from dropforge.doctor.driver import QUERY, Smi, packaged_cuda, parse_rows
+from dropforge.doctor.examination import (
+    Instruments,
+    cuda_part_refused,
+    gpu_findings,
+    list_llama_devices,
+    llama_findings,
+    trial_findings,
+)
 from dropforge.doctor.fatbin import BuildList, parse_build_list
 from dropforge.doctor.finding import Finding
 from dropforge.doctor.limited import Ran, run_limited
@@ -26,7 +35,7 @@ LISTS = {
     "torch": parse_build_list("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"),
     "bitsandbytes": parse_build_list("sm_75 sm_80 sm_90 sm_120 compute_120"),
     "vLLM": parse_build_list("sm_80 sm_90 sm_120"),
-    "llama.cpp": parse_build_list("90-real;120-real"),
+    "llama.cpp": parse_build_list("90-real;120a-real"),  # its build makes 120a of 120
 }
 LLAMA = "Available devices:\n  CUDA0: NVIDIA H200 (143771 MiB, 143000 MiB free)\n"
 
@@ -121,12 +130,25 @@ def test_an_old_driver_is_named_with_its_floor_and_what_still_works() -> None:
     assert "DROPFORGE_DEVICE=cpu" in found.fix
 
 
+def test_the_cuda_of_the_packages_is_known_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", {"nvidia-cuda-runtime": "13.0.96"}.__getitem__)
+    assert packaged_cuda() == "13.0"
+    monkeypatch.undo()
+    assert packaged_cuda() == "", "the tests run with a torch for the CPU"
+
+
 def test_a_spark_reads_its_memory_from_the_machine() -> None:
-    found = look(smi(SPARK))
+    found = look(smi(SPARK), lists={**LISTS, "llama.cpp": parse_build_list("121a-real")})
     assert any(
         "GB10, compute capability 12.1, memory shared with the CPU (49152 MiB available)" in f.what for f in found
     )
     assert levels(found) == {"ok"}, "12.1 runs code for 12.0"
+
+
+def test_code_for_12_0a_is_none_for_a_spark() -> None:
+    (lacking,) = (finding for finding in look(smi(SPARK)) if finding.level != "ok")
+    assert lacking.what.startswith("llama.cpp is compiled for sm_90 sm_120a, not for GPU 0 (12.1)")
+    assert "use the CPU" in lacking.what and "CUDA_ARCHITECTURES" in lacking.fix
 
 
 def test_each_library_is_compared_with_each_gpu() -> None:
@@ -149,8 +171,36 @@ def test_a_cpu_only_llama_cpp_is_not_passed_over_in_silence() -> None:
     lost = list(llama_findings("ggml_cuda_init: failed to initialize CUDA: out of memory", gpus=1, compiled=True))
     assert "sees 0 of 1 GPUs" in lost[0].what and "nvidia-smi" in lost[0].fix
     assert list(llama_findings("", gpus=1, compiled=True)) == []
-    (unloaded,) = (f for f in look(smi(H200), llama="Available devices:\n  (none)\n") if f.level == "note")
-    assert "could not load its CUDA part" in unloaded.what and "libggml-cuda.so" in unloaded.fix
+    (unused,) = (f for f in look(smi(H200), llama="Available devices:\n  (none)\n") if f.level == "note")
+    assert "lists no GPU" in unused.what and "libggml-cuda.so" in unused.fix
+
+
+def test_why_llama_cpp_does_not_load_its_cuda_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tools load the library when they can, and say nothing when they cannot."""
+    server, library = tmp_path / "bin" / "llama-server", tmp_path / "bin" / "libggml-cuda.so"
+    server.parent.mkdir()
+    server.write_text("#!/bin/sh\necho Available devices:\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("DROPFORGE_LLAMA_CPP", str(tmp_path))
+    assert cuda_part_refused(server.parent) == "", "a build for the CPU"
+    subprocess.run(["cc", "-shared", "-o", library, "-Wl,--no-as-needed", "-x", "c", "/dev/null"], check=True)
+    assert cuda_part_refused(server.parent) == ""
+    lacking = tmp_path / "libcublas.so.13"
+    subprocess.run(["cc", "-shared", "-o", lacking, "-Wl,-soname,libcublas.so.13", "-x", "c", "/dev/null"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-o", library, "-Wl,--no-as-needed", "-x", "c", "/dev/null", "-x", "none", lacking],
+        check=True,
+    )
+    lacking.unlink()
+    (found,) = llama_findings(list_llama_devices(), gpus=1, compiled=True)
+    assert "sees 0 of 1 GPUs" in found.what and "libcublas.so.13: cannot open shared object" in found.what
+    assert "a library is missing" in found.what and "the image" in found.fix
+
+
+def test_what_llama_cpp_says_of_cuda_is_found_among_its_other_words() -> None:
+    said = "ggml_cuda_init: failed to initialize CUDA: system not yet initialized\nAvailable devices:\n"
+    (found,) = llama_findings(said, gpus=8, compiled=True)
+    assert "Fabric Manager" in found.what and "nvidia-fabricmanager" in found.fix
 
 
 @pytest.mark.parametrize(

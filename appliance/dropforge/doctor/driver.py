@@ -6,6 +6,7 @@ import csv
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from dropforge.doctor.causes import explained, find_cause
@@ -58,6 +59,24 @@ def parse_rows(text: str) -> tuple[Mapping[str, str], ...]:
     )
 
 
+def compute_capabilities(smi: Smi) -> dict[str, int]:
+    """By label ("GPU 0"), as 10 * major + minor; a GPU that does not say has none."""
+    found = {}
+    for gpu in smi.gpus:
+        major, _, minor = gpu["compute_cap"].partition(".")
+        if major.isdigit():
+            found[f"GPU {gpu['index']}"] = 10 * int(major) + int(minor or 0)
+    return found
+
+
+def packaged_cuda() -> str:
+    """Version of the CUDA that came with the Python packages ("13.0"), without importing torch; empty if none did."""
+    try:
+        return ".".join(metadata.version("nvidia-cuda-runtime").split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def driver_findings(smi: Smi, *, cuda: str, unified_memory: str) -> Iterator[Finding]:
     """Faults of the driver and one line per GPU.
 
@@ -68,27 +87,31 @@ def driver_findings(smi: Smi, *, cuda: str, unified_memory: str) -> Iterator[Fin
     if not smi.gpus:
         yield no_gpu(smi)
         return
-    version = smi.gpus[0]["driver_version"]
+    yield driver_version(smi.gpus[0]["driver_version"], cuda=cuda)
+    for gpu in smi.gpus:
+        yield from _gpu_findings(gpu, unified_memory=unified_memory)
+
+
+def driver_version(version: str, *, cuda: str) -> Finding:
+    """Is the driver new enough? `cuda` as in driver_findings."""
     branch = version.partition(".")[0]
     floor = FLOORS.get(int(cuda.partition(".")[0] or 0), 0)
     if not branch.isdigit():
-        yield fault(f"driver: nvidia-smi says {version!r} where its version should be", CRASHED.fix)
-    elif int(branch) < floor:
-        yield fault(
+        return fault(f"driver: nvidia-smi says {version!r} where its version should be", CRASHED.fix)
+    if int(branch) < floor:
+        return fault(
             f"driver {version} is older than CUDA {cuda} needs ({floor} or newer); the GPU cannot be used",
             "update the host's driver; until then DROPFORGE_DEVICE=cpu runs jobs on the CPU",
         )
-    else:
-        yield ok(f"driver {version}" + (f", enough for CUDA {cuda} ({floor} or newer)" if floor else ""))
-    for gpu in smi.gpus:
-        yield from _gpu_findings(gpu, unified_memory=unified_memory)
+    return ok(f"driver {version}" + (f", enough for CUDA {cuda} ({floor} or newer)" if floor else ""))
 
 
 def no_gpu(smi: Smi) -> Finding:
     """Why there is no GPU, for a Smi without any: a note where nobody expects one, else a fault."""
     if not smi.installed and smi.host_has_driver:
         return fault("GPU: the host has NVIDIA's driver, but this container was given no GPU",
-                     "start it with --gpus all (needs the NVIDIA Container Toolkit on the host)")  # fmt: skip
+                     "start it with --gpus all (needs the NVIDIA Container Toolkit on the host); "
+                     "Podman: --device nvidia.com/gpu=all")  # fmt: skip
     if not smi.installed:
         return note("GPU: no NVIDIA driver was found",
                     "install the driver and the NVIDIA Container Toolkit on the host, start with --gpus all; "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from dropforge.doctor import machine
 from dropforge.doctor.causes import explained, find_cause
-from dropforge.doctor.driver import Smi, ask_nvidia_smi, driver_findings
+from dropforge.doctor.driver import Smi, ask_nvidia_smi, compute_capabilities, driver_findings
 from dropforge.doctor.fatbin import BuildList
 from dropforge.doctor.finding import Finding, fault, note, ok
 from dropforge.doctor.libraries import library_build_lists, library_findings
@@ -68,7 +70,7 @@ def gpu_findings(hardware: Hardware, *, device: str, instruments: Instruments) -
         yield _torch_sees_nothing(answers["torch"])
         return
     lists = instruments.build_lists(torch_list=facts["list"], cuda=facts["cuda"])
-    yield from library_findings(_capabilities(smi), lists)
+    yield from library_findings(compute_capabilities(smi), lists)
     for name in names:
         yield from trial_findings(name, answers[name], gpus=len(smi.gpus))
     yield from llama_findings(llama.result(), gpus=len(smi.gpus), compiled=bool(lists.get("llama.cpp")))
@@ -103,10 +105,11 @@ def llama_findings(listing: str, *, gpus: int, compiled: bool) -> Iterator[Findi
     if seen >= gpus:
         yield ok(f"llama.cpp sees {seen} GPU" + "s" * (seen != 1))
     elif "ggml_cuda" in listing or seen:
-        yield note(f"llama.cpp sees {seen} of {gpus} GPUs: {explained(listing)}", find_cause(listing).fix)
+        said = "\n".join(line for line in listing.splitlines() if "ggml_cuda" in line) or listing
+        yield note(f"llama.cpp sees {seen} of {gpus} GPUs: {explained(said)}", find_cause(said).fix)
     elif compiled:
-        yield note("llama.cpp could not load its CUDA part, so it works on the CPU",
-                   "ldd on libggml-cuda.so, beside llama-server, names the library it lacks")  # fmt: skip
+        yield note("llama.cpp has a CUDA part but lists no GPU, so it works on the CPU",
+                   "run llama-server --list-devices, beside libggml-cuda.so, and report what it says")  # fmt: skip
     else:
         yield note("llama.cpp was built for the CPU: exports work, quantising, checking and chatting are slower",
                    "use the image, whose llama.cpp has CUDA; make llama builds for the CPU alone")  # fmt: skip
@@ -123,7 +126,19 @@ def list_llama_devices() -> str:
         return ""  # machine.llama_cpp_findings has said so
     except OSError as error:
         return f"ggml_cuda: {error}"
-    return done.stdout + done.stderr + ("\nggml_cuda: no answer: the GPU or its driver hangs" * (done.status is None))
+    if done.status is None:
+        return f"{done.stdout}{done.stderr}\nggml_cuda: no answer: the GPU or its driver hangs"
+    return f"{done.stdout}{done.stderr}\n{cuda_part_refused(server.parent)}"
+
+
+def cuda_part_refused(folder: Path) -> str:
+    """Why the CUDA library in `folder` does not load, which llama.cpp passes over in silence; empty if it does."""
+    library = folder / "libggml-cuda.so"
+    if not library.exists():
+        return ""
+    load = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    done = run_limited([sys.executable, "-I", "-c", load, library], seconds=LLAMA_SECONDS)
+    return f"ggml_cuda: {done.stderr.strip().splitlines()[-1]}" if done.status and done.stderr.strip() else ""
 
 
 def _torch_sees_nothing(answer: Answer) -> Finding:
@@ -132,12 +147,3 @@ def _torch_sees_nothing(answer: Answer) -> Finding:
         return fault(f"torch {answer.facts.get('torch', '')} is a CPU build, although there is a GPU",
                      "install the CUDA build (use the cuda image), or set DROPFORGE_DEVICE=cpu")  # fmt: skip
     return fault(f"torch sees no GPU although the driver lists one: {explained(error)}", find_cause(error).fix)
-
-
-def _capabilities(smi: Smi) -> dict[str, int]:
-    found = {}
-    for gpu in smi.gpus:
-        major, _, minor = gpu["compute_cap"].partition(".")
-        if major.isdigit():
-            found[f"GPU {gpu['index']}"] = 10 * int(major) + int(minor or 0)
-    return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from dropforge.errors import ExportError
 from dropforge.llama_cpp.child import death_signal, environment, tail
+from dropforge.llama_cpp.devices import device_arguments
 from dropforge.llama_cpp.locate import LlamaCpp, find_llama_cpp
 
 START_SECONDS = 600.0
@@ -80,6 +81,7 @@ class LlamaServer:
             str(self._tools.tool("llama-server")), "--model", str(self.model), "--host", str(self.socket),
             "--ctx-size", str(self._context), "--parallel", "1", "--threads", str(self._threads), "--jinja",
             "--no-ui", "--no-slots", "--no-warmup", "--fit", "off", "--reasoning-format", "none", "--offline",
+            *device_arguments(self._tools.root),
         ]  # fmt: skip
         if self._exact:
             # No repacking: it would put a second copy of the weights into memory.
