@@ -5,8 +5,8 @@
 #   ... --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt            behind a proxy with certificates of its own
 #   ... --secret id=pip,src=pip.conf                                     from a package index of your own
 ARG VARIANT=cuda
-# Compute capabilities llama.cpp is compiled for.
-ARG CUDA_ARCHITECTURES=75-real;80-real;86-real;89-real;90-real;100-real;103-real;120-real;120-virtual
+# Compute capabilities llama.cpp is compiled for. No PTX for later ones: torch has none, and llama.cpp makes 120a of 120.
+ARG CUDA_ARCHITECTURES=75-real;80-real;86-real;89-real;90-real;100-real;103-real;120-real
 # Any Debian 12 or Ubuntu 24.04 image, best with its digest: NAME@sha256:...
 ARG BASE=base-${VARIANT}
 ARG LLAMA_BASE=llama-base-${VARIANT}

@@ -22,11 +22,12 @@ if [ "$variant" != cpu ]; then
 	compiler=$(nvcc --version)
 	# CUDA in a library of its own that the tools load when it can be: one copy instead of one in every tool, and they
 	# run on the CPU where there is no GPU, driver or cuBLAS. Without the virtual-memory pool it does not link the driver.
+	# As the install path, because CMake ends a build path with a colon, which the loader takes for the current folder.
 	# shellcheck disable=SC2016  # $ORIGIN is for the loader
 	set -- --cmake-flag=-DBUILD_SHARED_LIBS=ON --cmake-flag=-DGGML_BACKEND_DL=ON --cmake-flag=-DGGML_CUDA=ON \
 		--cmake-flag=-DGGML_CUDA_NO_VMM=ON --cmake-flag=-DGGML_CUDA_NCCL=OFF \
-		"--cmake-flag=-DCMAKE_CUDA_ARCHITECTURES=$architectures" --cmake-flag=-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON \
-		'--cmake-flag=-DCMAKE_BUILD_RPATH=$ORIGIN;/opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib' # the lock's cuBLAS
+		"--cmake-flag=-DCMAKE_CUDA_ARCHITECTURES=$architectures" --cmake-flag=-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON \
+		'--cmake-flag=-DCMAKE_INSTALL_RPATH=$ORIGIN;/opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib' # the lock's cuBLAS
 fi
 # The cache mount serves every release, variant and base: the folder is named after all that decides what is built.
 # shellcheck source=/dev/null

@@ -187,6 +187,19 @@ def test_both_dockerfiles_are_one() -> None:
     assert [other for _, other in different] == ["ARG VARIANT=dgx", "ARG CUDA_ARCHITECTURES=121-real"]
 
 
+@pytest.mark.parametrize(
+    ("file", "gpus"), [(DOCKERFILES[0], (75, 80, 86, 89, 90, 100, 103, 120)), (DOCKERFILES[1], (121,))]
+)
+def test_llama_cpp_is_compiled_for_every_gpu_of_its_machines(file: Path, gpus: tuple[int, ...]) -> None:
+    """Read as its build reads the list, which makes 12xa of 12x: code that no other GPU runs, as PTX neither."""
+    from dropforge.doctor.fatbin import parse_build_list
+
+    (listed,) = re.findall(r"^ARG CUDA_ARCHITECTURES=(\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    built = parse_build_list(re.sub(r"\b(12\d)\b", r"\1a", listed))
+    assert [one for one in gpus if not built.runs_on(one)] == []
+    assert not re.search(r"12\d\w?-virtual", listed), "it would be compiled for nobody"
+
+
 @pytest.mark.parametrize("lock", ["image-cpu.lock", "image-cuda.lock", "image-dgx.lock"])
 def test_locks_are_hashed_pinned_and_name_no_index(lock: str) -> None:
     text = (ROOT / "docker" / lock).read_text(encoding="utf-8")
