@@ -266,7 +266,7 @@ def _extras_table() -> str:
         ("save_*, push_*", SAVING_LOCALLY),
     ):
         for name, extra in sorted(table.items()):
-            what = (
+            what = extra.meaning or (
                 f"refused unless it is off: {extra.refuse}" if extra.refuse else f"no effect, and logged: {extra.note}"
             )
             lines.append(f"| `{name}` | `{function}` | {what} |")

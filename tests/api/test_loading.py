@@ -64,9 +64,9 @@ def test_a_checkpoint_that_is_stored_in_4_bits(tmp_path):
 def test_arguments_of_other_libraries(caplog):
     model, _ = load(
         use_exact_model_name=True, random_state=1, max_lora_rank=64, gpu_memory_utilization=0.9, fast_inference=False,
-        load_in_fp8=False, qat_scheme=None, offload_embedding=True, device_map="balanced", use_gradient_checkpointing="unsloth",
+        load_in_fp8=False, qat_scheme=None, fullgraph=True, device_map="balanced", use_gradient_checkpointing="unsloth",
     )  # fmt: skip
-    assert "offload_embedding has no effect: the embedding stays" in caplog.text
+    assert "fullgraph has no effect: nothing is compiled at loading" in caplog.text
     from dropforge import FastLanguageModel
     from dropforge.fast.state import state_of
 

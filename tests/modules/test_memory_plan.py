@@ -308,3 +308,21 @@ def test_bad_numbers_are_refused(fields):
 def test_planning_needs_no_torch():
     code = "import sys, dropforge_kernels.modules.memory_plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("tokens", [256, 4096, 100_000])
+def test_a_tiled_mlp_is_tiled_also_where_there_is_room(tokens):
+    asked = {"shape": LLAMA_8B, "training": Training.of_rank(16), "tokens": tokens, "budget": 600 * GIB}
+    free, forced = plan(**asked), plan(**asked, tiled=True)
+    assert set(free.policies) == {Keep.ALL} and free.mlp_tile is None
+    assert Keep.ALL not in forced.policies and forced.mlp_tile is not None and forced.fits
+    assert forced.predicted_peak <= free.predicted_peak
+    assert step_back(forced).mlp_tile is not None and Keep.ALL not in step_back(forced).policies
+
+
+def test_an_embedding_on_the_host_is_not_counted():
+    training = Training.of_rank(16)
+    here, there = training.weight_bytes(LLAMA_8B), replace(training, embedding_on_host=True).weight_bytes(LLAMA_8B)
+    assert here - there == 2 * LLAMA_8B.vocabulary * LLAMA_8B.hidden
+    tied = replace(LLAMA_8B, tied=True)
+    assert replace(training, embedding_on_host=True).weight_bytes(tied) == training.weight_bytes(tied)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dropforge.errors import CommandError
-from dropforge.fast.adapter import Switches, choose_targets, hold_in_fp32, lora_config, within_layers
+from dropforge.fast.adapter import EMBEDDINGS, Switches, choose_targets, hold_in_fp32, lora_config, within_layers
 from dropforge.fast.adapter_base import describe_base
-from dropforge.fast.checks import check_layers, check_lora, check_modules, check_name_patterns
+from dropforge.fast.checks import check_layers, check_lora, check_modules, check_name_patterns, check_offload
 from dropforge.fast.repeated import keep_adapter
 from dropforge.fast.state import ModelState, needed_state
 from dropforge.models.plain_lora import initial_pairs
@@ -48,6 +48,8 @@ def attach(
         return keep_adapter(model, chosen=asked, layers=chosen_layers, switches=switches, fields=fields)
     chosen = choose_targets(model, target_modules=targets, modules_to_save=modules_to_save, switches=switches)
     chosen = within_layers(model, chosen, chosen_layers)
+    if state.offload_embedding and EMBEDDINGS[0] in chosen.saved:
+        check_offload(model.config, trained=f"{EMBEDDINGS[0]} in target_modules or modules_to_save")
     config = lora_config(
         chosen, init_lora_weights=init, loftq_config=loftq_config, task_type=task_type or state.task_type,
         layers_to_transform=chosen_layers, fan_in_fan_out=_is_transposed(model),

@@ -154,6 +154,22 @@ def check_stored_precision(config: Any, flags: Mapping[str, bool], load_in_4bit:
     )  # fmt: skip
 
 
+def check_offload(config: Any, *, trained: str = "") -> None:
+    """offload_embedding takes a frozen table that is not the head as well. trained: the argument that trains it.
+
+    Raises CommandError api-offload-embedding.
+    """
+    why = f"{trained} trains the embedding, and its gradient would have to go to host memory in every step"
+    if getattr(config, "tie_word_embeddings", False):
+        why = "the head is the embedding's own matrix, which the GPU needs for the loss"
+    elif not trained:
+        return
+    raise CommandError(
+        "this model's embedding cannot be held in host memory", code="api-offload-embedding",
+        where="offload_embedding", why=why, fix="leave offload_embedding out",
+    )  # fmt: skip
+
+
 def check_layers(config: Any, *, layers: int | Iterable[int] | None, argument: str) -> list[int] | None:
     """Indices of decoder layers, each of which must exist. PEFT would leave the others out without a word."""
     if layers is None:

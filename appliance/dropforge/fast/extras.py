@@ -20,10 +20,13 @@ _OFF = (None, False)
 
 @dataclass(frozen=True)
 class Extra:
-    """One accepted argument. `refuse`: what to do instead when it asks for something; `note`: why nothing is done."""
+    """One accepted argument. `refuse`: what to do instead when it asks for something; `note`: why nothing is done;
+    `meaning`: what the caller of ``check_extras`` makes of it.
+    """
 
     refuse: str = ""
     note: str = ""
+    meaning: str = ""
     nothing: tuple[Any, ...] = _OFF
     """Values that ask for nothing."""
 
@@ -38,12 +41,7 @@ LOADING: dict[str, Extra] = {
     "conservativeness": Extra(note=_NO_VLLM),
     "fullgraph": Extra(note="nothing is compiled at loading"),
     "return_logits": Extra(note="logits are returned whenever a call has no labels, and in evaluation mode"),
-    "offload_embedding": Extra(
-        note="the embedding stays on the GPU: fetching its rows from the host would stop the GPU in every step"
-    ),
-    "unsloth_tiled_mlp": Extra(
-        note="the memory planner computes the MLP in tiles by itself where a batch does not fit without"
-    ),
+    "unsloth_tiled_mlp": Extra(meaning="as tiled_mlp=True"),
     "unsloth_force_compile": Extra(note="nothing is compiled at loading"),
     "fast_inference": Extra(refuse="leave fast_inference out: generate() runs in transformers, without vLLM"),
     "float8_kv_cache": Extra(refuse="leave float8_kv_cache out: it needs fast_inference, which is not built in yet"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dropforge.errors import ModelError
 from dropforge.fast.adapter_base import RECORD, Candidate, check_adapter, describe_base
-from dropforge.fast.checks import check_dtype, check_kernels, check_precision, check_stored_precision
+from dropforge.fast.checks import check_dtype, check_kernels, check_offload, check_precision, check_stored_precision
 from dropforge.fast.classes import ModelKind, load_processor, model_kind
 from dropforge.fast.rope import check_length, scale_positions
 from dropforge.fast.source import AdapterFolder, find_source
@@ -48,6 +48,8 @@ class LoadRequest:
     fix_tokenizer: bool
     resize_model_vocab: int | None
     float32_mixed_precision: bool | None
+    offload_embedding: bool = False
+    tiled_mlp: bool = False
     auto_model: Any = None
     """A transformers class, or None: the one that fits the config."""
     only_causal: bool = True
@@ -76,6 +78,8 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     )  # fmt: skip
     config = _config(request, source)
     check_stored_precision(config, request.precisions, request.load_in_4bit)
+    if request.offload_embedding:
+        check_offload(config, trained="full_finetuning" if request.full_finetuning else "")
     repairs: list[str] = []
     length = _length(request, config, repairs)
     kind = model_kind(config, auto_model=request.auto_model, only_causal=request.only_causal)
@@ -92,7 +96,8 @@ def load(request: LoadRequest) -> tuple[PreTrainedModel, Any]:
     state = ModelState(
         source=source, tokenizer=tokenizer, max_seq_length=length, full_finetuning=request.full_finetuning,
         kernels=request.kernels, compute_dtype=compute, task_type=kind.task_type,
-        checkpointing=bool(request.use_gradient_checkpointing), fp16_overflows=overflows, repairs=repairs,
+        checkpointing=bool(request.use_gradient_checkpointing), offload_embedding=request.offload_embedding,
+        tiled_mlp=request.tiled_mlp, fp16_overflows=overflows, repairs=repairs,
         adapter=request.model_name if adapter is not None else None, stored_rows=rows,
     )  # fmt: skip
     setattr(model, STATE, state)

@@ -43,6 +43,8 @@ class FastModel:
         fix_tokenizer: bool = True,
         resize_model_vocab: int | None = None,
         float32_mixed_precision: bool | None = None,
+        offload_embedding: bool = False,
+        tiled_mlp: bool = False,
         kernels: str = "auto",
         **extras: Any,
     ) -> tuple[PreTrainedModel, Any]:
@@ -61,6 +63,7 @@ class FastModel:
             rope_scaling=rope_scaling, device_map=device_map, attn_implementation=attn_implementation,
             use_gradient_checkpointing=use_gradient_checkpointing, fix_tokenizer=fix_tokenizer,
             resize_model_vocab=resize_model_vocab, float32_mixed_precision=float32_mixed_precision, kernels=kernels,
+            offload_embedding=bool(offload_embedding), tiled_mlp=bool(tiled_mlp or extras.get("unsloth_tiled_mlp")),
             auto_model=auto_model, only_causal=False,
             model_arguments={name: value for name, value in labels.items() if value is not None},
         )  # fmt: skip

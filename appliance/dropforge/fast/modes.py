@@ -43,6 +43,7 @@ def to_inference(model: Any) -> Any:
 
 
 def _open_session(model: Any, state: ModelState) -> None:
+    from dropforge_kernels.patch.host_embedding import OffloadError
     from dropforge_kernels.patch.session import open_session
     from dropforge_kernels.patch.spec import PatchError
 
@@ -52,7 +53,14 @@ def _open_session(model: Any, state: ModelState) -> None:
     # On a CPU the operations are plain PyTorch too, so swapping gains nothing; "required" is for tests and the curious.
     policy = state.kernels if on_gpu or state.kernels == "required" else "off"
     try:
-        state.session = open_session(model, policy=policy)
+        state.session = open_session(
+            model, policy=policy, offload_embedding=state.offload_embedding, tiled_mlp=state.tiled_mlp
+        )
+    except OffloadError as error:
+        raise ModelError(
+            "this model's embedding cannot be held in host memory", code="api-offload-embedding",
+            where="offload_embedding", why=str(error), fix="leave offload_embedding out",
+        ) from error  # fmt: skip
     except PatchError as error:
         raise ModelError(
             "this model cannot run on the kernels alone", code="api-kernels-required", where="kernels", why=str(error),

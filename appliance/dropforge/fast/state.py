@@ -33,6 +33,9 @@ class ModelState:
     """Embedding rows of the model as it is stored."""
     task_type: str | None = "CAUSAL_LM"
     checkpointing: bool = False
+    offload_embedding: bool = False
+    """The input embedding goes to host memory when training begins."""
+    tiled_mlp: bool = False
     fp16_overflows: bool = False
     """The family's activations leave fp16's range, so a trainer must not compute in it."""
     repairs: list[str] = field(default_factory=list)

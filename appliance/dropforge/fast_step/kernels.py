@@ -59,6 +59,7 @@ def plan_layers(session: Session, model: nn.Module, *, tokens: int, document: in
         budget=int(SHARE * usable_memory()),
         host=int(HOST_SHARE * host_available()),
         resident=torch.cuda.memory_allocated(),
+        tiled=engine.tiled_mlp,
     )
     apply_plan(engine, made)
     return made

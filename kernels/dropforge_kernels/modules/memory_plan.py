@@ -45,6 +45,7 @@ class Request:
     budget: int
     host: int
     resident: int | None
+    tiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ def plan_memory(
     host: int = 0,
     document: int | None = None,
     resident: int | None = None,
+    tiled: bool = False,
 ) -> MemoryPlan:
     """The fastest plan that fits, or with ``fits`` False the one that needs least.
 
@@ -127,6 +129,7 @@ def plan_memory(
     budget: bytes this process may allocate on the device in all, what it has allocated already included, the CUDA
     context left out. host: bytes of host memory that may be pinned. resident: bytes allocated once the engine is in
     the model, before the first step (weights, adapters and whatever else lies there), when measured; else predicted.
+    tiled: the MLP is computed in tiles in every layer, also where there is memory to keep it.
     Raises ValueError for numbers that are not positive.
     """
     for name, value in (("tokens", tokens), ("budget", budget)):
@@ -134,11 +137,11 @@ def plan_memory(
             raise ValueError(f"plan_memory: {name} must be positive; received {value}")
     request = Request(
         shape=shape, training=training, tokens=tokens, document=min(document or tokens, tokens), budget=budget,
-        host=max(host, 0), resident=resident,
+        host=max(host, 0), resident=resident, tiled=tiled,
     )  # fmt: skip
     usable = _usable(budget)
     best: tuple[float, Counts, int | None] | None = None
-    for tile in tiles_for(tokens):
+    for tile in tiles_for(tokens, forced=tiled):
         counts = _cheapest(request, tile, usable)
         if counts is not None:
             cost = extra_work(shape, counts, tile, document=request.document)
@@ -147,7 +150,7 @@ def plan_memory(
             if cost == 0:
                 break
     if best is None:
-        return _made(request, _least(request), tiles_for(tokens)[-1], fits=False)
+        return _made(request, _least(request), tiles_for(tokens, forced=tiled)[-1], fits=False)
     return _made(request, best[1], best[2], fits=True)
 
 
@@ -161,7 +164,7 @@ def step_back(plan: MemoryPlan, *, budget: int | None = None) -> MemoryPlan:
     target = int(plan.predicted_peak * 0.875) if budget is None else min(budget, plan.predicted_peak - 1)
     smaller = plan_memory(
         asked.shape, asked.training, tokens=asked.tokens, budget=max(target, 1), host=asked.host,
-        document=asked.document, resident=asked.resident,
+        document=asked.document, resident=asked.resident, tiled=asked.tiled,
     )  # fmt: skip
     if not smaller.fits and smaller.predicted_peak >= plan.predicted_peak:
         raise ValueError(
@@ -179,7 +182,7 @@ def longest_tokens(request: Request) -> int:
 
     def fits(units: int) -> bool:
         asked = replace(request, tokens=256 * units, document=min(request.document, 256 * units))
-        usable, tile = _usable(asked.budget), tiles_for(asked.tokens)[-1]
+        usable, tile = _usable(asked.budget), tiles_for(asked.tokens, forced=asked.tiled)[-1]
         offload = _least(asked)
         return _peak(asked, offload, tile).total <= usable
 
@@ -190,9 +193,12 @@ def longest_tokens(request: Request) -> int:
     return 256 * _most(fits, 1, split - 1) if fits(1) else 0
 
 
-def tiles_for(tokens: int) -> tuple[int | None, ...]:
-    """Tile sizes worth a look, largest first; None: no tiles."""
-    return tuple(tile for tile in TILES if tile is None or 2 * tile <= tokens)
+def tiles_for(tokens: int, *, forced: bool = False) -> tuple[int | None, ...]:
+    """Tile sizes worth a look, largest first; None: no tiles, unless they are forced."""
+    sizes = [tile for tile in TILES if tile is not None and 2 * tile <= tokens]
+    if forced:
+        return tuple(sizes or TILES[-1:])
+    return (None, *sizes)
 
 
 def extra_work(shape: ModelShape, counts: Counts, tile: int | None, *, document: int) -> float:
@@ -219,7 +225,8 @@ def _cheapest(request: Request, tile: int | None, usable: int) -> Counts | None:
     def fits(counts: Counts) -> bool:
         return _peak(request, counts, tile).total <= usable
 
-    pairs = [(keep, attention) for keep in range(layers + 1) for attention in range(layers + 1 - keep)]
+    most_kept = 0 if request.tiled else layers
+    pairs = [(keep, attention) for keep in range(most_kept + 1) for attention in range(layers + 1 - keep)]
     bounds = sorted((cost(_split(layers, pair, layers - sum(pair), 0)), pair) for pair in pairs)
     best: Counts | None = None
     for bound, pair in bounds:

@@ -107,6 +107,8 @@ class Training:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Rank per projection, 0 or missing: no adapter."""
     optimizer: str = "adamw_8bit"
+    embedding_on_host: bool = False
+    """The input embedding lies in host memory (``patch.host_embedding``); a tied one never does."""
     gradients_stay: bool = False
     """Gradients live in buffers of their own that are not given back between steps."""
 
@@ -134,7 +136,10 @@ class Training:
     def weight_bytes(self, shape: ModelShape) -> int:
         """The frozen weights on the device."""
         value = WEIGHT_BYTES[self.weights]
-        return int(shape.layers * shape.layer_values * value + shape.embedding_values * max(2.0, value))
+        tables = shape.embedding_values
+        if self.embedding_on_host and not shape.tied:
+            tables -= shape.vocabulary * shape.hidden
+        return int(shape.layers * shape.layer_values * value + tables * max(2.0, value))
 
     def optimizer_bytes(self, shape: ModelShape) -> int:
         """Optimizer states on the device; paged ones are not counted."""

@@ -48,6 +48,8 @@ class Engine:
     """Of a frozen head in another dtype."""
     planned: bool = False
     """Whether ``set_policies`` has decided what each layer keeps."""
+    tiled_mlp: bool = False
+    """No layer keeps its MLP, which is computed some tokens at a time; planners must see to it."""
     declined: dict[str, int] = field(default_factory=dict)
     """Why training forwards took the model's own path, and how many did."""
     warned: set[str] = field(default_factory=set)

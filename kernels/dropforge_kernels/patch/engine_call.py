@@ -17,6 +17,8 @@ from dropforge_kernels.modules.policy import Keep
 if TYPE_CHECKING:
     from dropforge_kernels.patch.engine import Engine
 
+TILE = 2048
+"""Rows of the MLP at a time where tiles are asked for and nobody plans."""
 KNOWN = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions", "output_hidden_states",
@@ -36,8 +38,9 @@ def final_hidden(engine: Engine, inputs: dict[str, Any]) -> torch.Tensor | None:
     inner = engine.inner
     if not engine.planned:
         # Until somebody plans the memory, transformers' own switch decides.
-        keep = Keep.NONE if inner.gradient_checkpointing else Keep.ALL
+        keep = Keep.NONE if inner.gradient_checkpointing else Keep.ATTENTION if engine.tiled_mlp else Keep.ALL
         engine.decoder.policies = [keep] * len(engine.decoder.layers)
+        engine.decoder.mlp_tile = TILE if engine.tiled_mlp else None
     embeds = inputs.get("inputs_embeds")
     if embeds is None:
         embeds = inner.embed_tokens(inputs["input_ids"])

@@ -38,6 +38,8 @@ class PatchReport:
     skips: list[Skip] = field(default_factory=list)
     engine: str = ""
     """How the decoder layers run: hand-written, or why they are not."""
+    embedding: str = ""
+    """Where the embedding lies, when it was moved."""
     declined: dict[str, int] = field(default_factory=dict)
     """Training forwards that the hand-written layers left to the model, by reason; counted as they happen."""
     wrapped: list[str] = field(default_factory=list)
@@ -49,8 +51,9 @@ class PatchReport:
 
     def lines(self) -> list[str]:
         """A few sentences for a log: swaps by patch, skips by patch and reason."""
+        where_embedded = [f"kernels: {self.embedding}"] if self.embedding else []
         if not self.swaps and not self.skips:
-            return [f"kernels: nothing swapped (policy {self.policy})"]
+            return [f"kernels: nothing swapped (policy {self.policy})", *where_embedded]
         lines = [f"kernels: {name} in {count} modules" for name, count in self.counts().items()]
         if self.engine:
             lines.append(f"kernels: {self.engine}")
@@ -59,7 +62,7 @@ class PatchReport:
         for (patch, reason), count in skipped.items():
             where = f"{patch} in {count} modules" if patch else "the whole model"
             lines.append(f"kernels: {where} left as it was: {reason}")
-        return lines
+        return lines + where_embedded
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""

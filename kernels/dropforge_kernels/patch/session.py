@@ -7,6 +7,7 @@ model untouched. A swap is an instance attribute ``forward``: classes, state dic
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from typing import NamedTuple
 from torch import nn
 
 from dropforge_kernels.patch.engine import Engine, ObstacleError, build_engine
+from dropforge_kernels.patch.host_embedding import HostEmbedding, embedding_to_host
 from dropforge_kernels.patch.registry import FAMILIES, select, specs_of
 from dropforge_kernels.patch.report import PatchReport, Skip, Swap
 from dropforge_kernels.patch.spec import Forward, PatchError, PatchSpec
 
+LOG = logging.getLogger("dropforge")
 LOSS = "linear_cross_entropy"
 """The operation whose forward the engine enters through."""
 POLICIES = ("auto", "required", "off")
@@ -39,6 +42,7 @@ class Session:
         self.report = report
         self.open = True
         self.engine: Engine | None = None
+        self.embedding: HostEmbedding | None = None
         self._undo: list[tuple[str, nn.Module, Forward]] = []
 
     def swap(self, claim: Claim, forward: Forward) -> None:
@@ -69,7 +73,7 @@ class Session:
 
     def resume(self) -> bool:
         """End a pause. False when the session was closed, so that a new one is needed."""
-        self.open = bool(self._undo)
+        self.open = bool(self._undo) or self.embedding is not None
         return self.open
 
     def close(self) -> None:
@@ -78,6 +82,9 @@ class Session:
         if self.engine is not None:
             self.engine.release()
             self.engine = None
+        if self.embedding is not None:
+            self.embedding.restore()
+            self.embedding = None
         while self._undo:
             path, module, bound = self._undo.pop()
             if module.__dict__.get("forward") is bound:
@@ -92,6 +99,8 @@ def open_session(
     names: Iterable[str] | None = None,
     policy: str = "auto",
     specs: tuple[PatchSpec, ...] | None = None,
+    offload_embedding: bool = False,
+    tiled_mlp: bool = False,
 ) -> Session:
     """``patched`` for callers that cannot use a with block; they must call ``close``.
 
@@ -107,8 +116,27 @@ def open_session(
     family = model_family(model)
     report = PatchReport(family=family, policy=policy)
     session = Session(report)
-    if policy == "off":
-        return session
+    if policy != "off":
+        _swap(session, model, names=names, specs=specs)
+    if tiled_mlp and session.engine is None:
+        LOG.warning("tiled_mlp has no effect: %s", report.engine or "the hand-written layers are not in this model")
+    elif session.engine is not None:
+        session.engine.tiled_mlp = tiled_mlp
+    if offload_embedding:
+        try:
+            session.embedding = embedding_to_host(model)
+        except BaseException:
+            session.close()
+            raise
+        report.embedding = session.embedding.line()
+    return session
+
+
+def _swap(
+    session: Session, model: nn.Module, *, names: Iterable[str] | None, specs: tuple[PatchSpec, ...] | None
+) -> None:
+    """Claim and swap; closes the session on an error."""
+    report, family, policy = session.report, session.report.family, session.report.policy
     known = specs_of(family) if specs is None else specs
     if not known:
         reason = f"no kernels for the model type {family!r}; known: {', '.join(FAMILIES)}"
@@ -129,7 +157,6 @@ def open_session(
     except BaseException:
         session.close()
         raise
-    return session
 
 
 def _engine(model: nn.Module, family: str, report: PatchReport) -> Engine | None:
@@ -144,18 +171,29 @@ def _engine(model: nn.Module, family: str, report: PatchReport) -> Engine | None
 
 
 @contextmanager
-def patched(model: nn.Module, *, names: Iterable[str] | None = None, policy: str = "auto") -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module,
+    *,
+    names: Iterable[str] | None = None,
+    policy: str = "auto",
+    offload_embedding: bool = False,
+    tiled_mlp: bool = False,
+) -> Iterator[PatchReport]:
     """Runs the block with this library's operations inside ``model``; restores it afterwards, also after an exception.
 
     model: a transformers causal language model, bare or inside PEFT's wrapper. Open it before the trainer is made.
     names: patches to use ("rms_norm", "llama.rope", ...); None = every exact one of the model's family.
-    policy: "auto" skips what cannot be swapped and reports why; "required" raises instead; "off" does nothing.
+    policy: "auto" skips what cannot be swapped and reports why; "required" raises instead; "off" swaps nothing.
+    offload_embedding: the frozen table lies in (pinned) host memory meanwhile, and each batch's rows are fetched.
+    tiled_mlp: hand-written layers compute the MLP some tokens at a time, and its products again in the backward; else
+    the memory planner decides that.
     Yields the report. While a fused loss is in, a training forward with labels returns ``logits=None``; evaluation and
     calls without labels compute them as always.
 
-    Raises PatchError: not a model; unknown policy or name; two patches that claim one module; a skip under "required".
+    Raises PatchError: not a model; unknown policy or name; two patches that claim one module; a skip under "required";
+    an embedding that is trained or tied and should be offloaded.
     """
-    session = open_session(model, names=names, policy=policy)
+    session = open_session(model, names=names, policy=policy, offload_embedding=offload_embedding, tiled_mlp=tiled_mlp)
     try:
         yield session.report
     finally:
