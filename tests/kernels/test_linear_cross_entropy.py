@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from functools import partial
 
@@ -131,6 +132,42 @@ def test_leading_dimensions_and_transposed_inputs(device):
     given["weight"] = random_tensor((77, 24), dtype=torch.float32, device=device, layout="transposed", seed=1)
     given["target"] = given["target"].view(1, ROWS)
     assert_parity(ops.linear_cross_entropy, reference.linear_cross_entropy, given, grad=("hidden", "weight"))
+
+
+@pytest.mark.parametrize(
+    ("options", "counted", "computed"),
+    [
+        ({}, 26, [26]),  # the number is read first
+        ({}, 40, [40]),
+        ({}, 0, []),
+        ({"max_valid": 40}, 26, [40]),  # the caller says how many there are at most
+        ({"max_valid": 30}, 26, [30]),
+        ({"skip_ignored": False}, 26, [40]),
+        ({"memory_budget": 1}, 26, [16, 10]),  # several chunks: while the first runs
+    ],
+)
+@pytest.mark.parametrize("worth", [True, False])
+def test_one_large_chunk_leaves_ignored_rows_out(device, worth, options, counted, computed, monkeypatch):
+    from dropforge_kernels.ops import _head_chunks
+
+    if worth:
+        module = importlib.import_module("dropforge_kernels.ops.linear_cross_entropy")  # the name is the function's too
+        monkeypatch.setattr(module, "WORTH_WAITING", 4 * ROWS * 24 * 77)
+    elif not options:
+        computed = [ROWS]  # too little work to wait for the number
+    rows, logits_of = [], _head_chunks.Head.logits_of
+
+    def seen(self, chunk):
+        rows.append(chunk.stop - chunk.start)
+        return logits_of(self, chunk)
+
+    monkeypatch.setattr(_head_chunks.Head, "logits_of", seen)
+    given = inputs(torch.float32, device, **({"memory_budget": None} | options), ignored=counted == 26)
+    if counted == 0:
+        given["target"].fill_(-100)
+    assert_parity(ops.linear_cross_entropy, reference.linear_cross_entropy, given, grad=("hidden", "weight"))
+    assert rows and rows[: len(computed)] == computed if computed else not rows
+    assert len(rows) % max(1, len(computed)) == 0
 
 
 def test_ignored_rows_do_not_matter(device):

@@ -10,9 +10,11 @@ Rows that do not count are left out before the GEMM:
 compacted on the
   device into ``max_valid`` slots. No wait, fixed shapes, capturable. If the bound was wrong the loss is NaN.
 - no bound, several chunks: the rows are compacted and their number is copied to pinned memory while the first chunk
-runs; the host
-  reads it after that chunk has been queued, so the GPU never idles, but the host waits for the device to reach this
-  point.
+  runs; the host reads it after that chunk has been queued, so the GPU never idles, but the host waits for the device to
+  reach this point.
+- no bound, one chunk of much work (WORTH_WAITING): the number is read before the chunk, and the GPU idles for the few
+  tens of microseconds that the host needs to go on. Two half chunks would hide that, and cost more: 512 rows of d
+  hidden are 64 tiles of 128 x 256 over 4,096 columns, half of an H200's 132 processors, where 1,024 rows are 128.
 - during CUDA graph capture without a bound every row is computed.
 """
 
@@ -31,6 +33,12 @@ with the gradient of 16K tokens under half a GiB. 1,024 rows make one wave of 12
 """
 TRAINED_BUDGET = 1 << 30
 """The same with a trained head: each chunk reads and writes d W once in fp32 (8 V H bytes), so chunks are larger."""
+
+
+WORTH_WAITING = 1 << 40
+"""FLOP of one chunk (4 N H V: logits and d hidden) from which the host waits for the number of rows that count: a
+millisecond and a half of an H200, of which every ignored row saves its share. 1,024 rows of Llama-3-8B are twice that.
+"""
 
 
 class Chunk(NamedTuple):
@@ -127,10 +135,11 @@ def _move_rows(source: torch.Tensor, out: torch.Tensor, index: torch.Tensor, row
 
 
 def row_chunks(
-    target: torch.Tensor, rows_per_chunk: int, *, ignore_index: int, max_valid: int | None, skip_ignored: bool
-) -> Iterator[Chunk]:
+    target: torch.Tensor, rows_per_chunk: int, *, ignore_index: int, max_valid: int | None, skip_ignored: bool,
+    wait: bool = False,
+) -> Iterator[Chunk]:  # fmt: skip
     """The chunks to compute. A generator: the host's wait (module docstring) happens after the consumer has queued
-    the first chunk.
+    the first chunk. wait: also wait for the number of rows where there is one chunk only.
     """
     rows = target.numel()
     if rows == 0:
@@ -138,7 +147,7 @@ def row_chunks(
     bound = rows if max_valid is None else min(rows, max_valid)
     capturing = target.is_cuda and torch.cuda.is_current_stream_capturing()
     # the number of rows is read after the first chunk
-    late = bound == rows and rows > rows_per_chunk and not capturing
+    late = bound == rows and (rows > rows_per_chunk or (wait and max_valid is None)) and not capturing
     if not skip_ignored or (bound == rows and not late):
         yield from _split(0, rows, rows_per_chunk, None, target)
         return
@@ -152,10 +161,16 @@ def row_chunks(
         yield from _split(0, bound, rows_per_chunk, order, compacted)
         return
     on_host, arrived = _copy_to_host(count)
-    yield Chunk(0, rows_per_chunk, order[:rows_per_chunk], compacted[:rows_per_chunk])
+    first = rows_per_chunk if rows > rows_per_chunk else 0
+    if first:
+        yield Chunk(0, first, order[:first], compacted[:first])
     if arrived is not None:
         arrived.synchronize()
-    yield from _split(rows_per_chunk, int(on_host), rows_per_chunk, order, compacted)
+    counted = int(on_host)
+    if not first and counted == rows:
+        yield from _split(0, rows, rows_per_chunk, None, target)
+        return
+    yield from _split(first, counted, rows_per_chunk, order, compacted)
 
 
 def _copy_to_host(count: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -24,7 +24,15 @@ from dropforge_kernels.checks import (
     check_tensor,
 )
 from dropforge_kernels.dispatch import Backend, choose
-from dropforge_kernels.ops._head_chunks import FROZEN_BUDGET, TRAINED_BUDGET, Head, chunk_rows, row_chunks, scale_rows
+from dropforge_kernels.ops._head_chunks import (
+    FROZEN_BUDGET,
+    TRAINED_BUDGET,
+    WORTH_WAITING,
+    Head,
+    chunk_rows,
+    row_chunks,
+    scale_rows,
+)
 from dropforge_kernels.ops._row_losses import RowLoss, reduce_loss, row_loss
 from dropforge_kernels.ops.cross_entropy import TARGETS, check_loss_options, items_tensor
 
@@ -61,8 +69,9 @@ def _forward(
     nll = torch.zeros(target.numel(), dtype=torch.float32, device=hidden.device)
     lse = torch.empty(rows_per_chunk, dtype=torch.float32, device=hidden.device)
     backward = need_hidden or need_weight or need_bias
+    much = 4 * hidden.numel() * weight.shape[0] >= WORTH_WAITING
     for chunk in row_chunks(
-        target, rows_per_chunk, ignore_index=ignore_index, max_valid=max_valid, skip_ignored=skip_ignored
+        target, rows_per_chunk, ignore_index=ignore_index, max_valid=max_valid, skip_ignored=skip_ignored, wait=much
     ):
         part, logits = head.logits_of(chunk)
         rows = chunk.stop - chunk.start
@@ -164,7 +173,8 @@ def linear_cross_entropy(
     (summed in fp32 over chunks). Saved for backward: the gradients. max_valid: an upper bound on the targets that
     count, known on the host; rows beyond it are never computed, nothing waits for the GPU and the call can be
     captured. A bound that is too low makes the loss NaN. Without it the ignored rows are found on the device and
-    their number is read on the host while the first chunk runs (not during capture: then all rows are computed);
+    their number is read on the host while the first chunk runs, before it where there is one large chunk only, and
+    not at all where that is small or during capture: then all rows are computed;
     skip_ignored=False computes all rows without waiting. memory_budget: bytes of the logits buffer (default 400 MiB,
     1 GiB with a trained head; ``budget_from_free_memory`` proposes one); at least 16 rows are computed at a time.
     count: one fp32 value on the device that receives the number of targets that count, so that a captured step with
