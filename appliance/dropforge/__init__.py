@@ -46,6 +46,9 @@ _ELSEWHERE = {
     "FastSentenceTransformer": "embedding models are not trained in this release",
     "FastDiffusionModel": "diffusion models are not trained in this release",
     "PatchFastRL": "online reinforcement learning is not in this release",
+    "check_python_modules": "running generated code is not in this release",
+    "create_locked_down_function": "running generated code is not in this release",
+    "unsloth_train": "call trainer.train()",
     "UnslothTrainer": "import DropforgeTrainer",
     "UnslothTrainingArguments": "import DropforgeTrainingArguments",
 }

@@ -190,7 +190,28 @@ def test_adapter_of_another_architecture(tmp_path):
     assert "another architecture" in problem.fix and "base_model_name_or_path" in problem.fix
 
 
+def test_methods_that_other_libraries_have_say_what_to_do(tmp_path):
+    from dropforge import FastLanguageModel
+
+    model, _ = load()
+    model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj"])
+    for name, fix in (("load_lora", "model.load_adapter("), ("fast_generate", "model.generate("),
+                      ("save_pretrained_torchao", "save_pretrained_merged(")):  # fmt: skip
+        with pytest.raises(CommandError) as caught:
+            getattr(model, name)("x", lora_request=None)
+        problem = caught.value.problems[0]
+        assert (problem.code, problem.where) == ("api-not-built", f"model.{name}") and fix in problem.fix
+    model.save_lora(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+    for argument in ("auto_model", "text_only", "whisper_task"):
+        with pytest.raises(CommandError) as caught:
+            load(**{argument: "something"})
+        assert (caught.value.code, caught.value.problems[0].where) == ("api-not-built", argument)
+
+
 def test_names_that_other_libraries_have_say_what_to_do():
+    with pytest.raises(ImportError, match="generated code"):
+        from dropforge import check_python_modules  # noqa: F401
     with pytest.raises(ImportError, match="import DropforgeTrainer"):
         from dropforge import UnslothTrainer  # noqa: F401
     with pytest.raises(ImportError, match="vision models are not trained in this release"):

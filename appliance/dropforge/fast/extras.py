@@ -49,6 +49,10 @@ LOADING: dict[str, Extra] = {
     "float8_training": Extra(refuse="leave it out: training computes in bf16"),
     "qat_scheme": Extra(refuse="leave qat_scheme out: train in 16 bits and quantise the result at export"),
     "offload_layers": Extra(refuse="leave offload_layers out, or hold the weights with load_in_4bit=True"),
+    "auto_model": Extra(refuse="load it with FastModel.from_pretrained, which takes auto_model"),
+    "text_only": Extra(refuse="leave text_only out: FastLanguageModel loads the class that the config names"),
+    "whisper_language": Extra(refuse="leave it out, and set model.generation_config.language after loading"),
+    "whisper_task": Extra(refuse="leave it out, and set model.generation_config.task after loading"),
     "prefetch_depth": Extra(note="it belongs to offload_layers; the memory planner chooses how early it fetches"),
 }
 ADAPTER: dict[str, Extra] = {

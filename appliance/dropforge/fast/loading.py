@@ -169,8 +169,8 @@ def _load_weights(
     elif request.full_finetuning and request.float32_mixed_precision is not False and request.dtype is None:
         arguments["dtype"] = torch.float32  # small updates vanish in 16-bit weights; the trainer computes in 16 bits
     if torch.cuda.is_available():
-        arguments["device_map"] = request.device_map or {"": torch.cuda.current_device()}
-    elif request.device_map is not None and request.device_map not in GPU_MAPS:
+        arguments["device_map"] = _device_map(request) or {"": torch.cuda.current_device()}
+    elif request.device_map is not None and request.device_map not in (*GPU_MAPS, "unsloth"):
         arguments["device_map"] = request.device_map
     if request.attn_implementation is not None:
         arguments["attn_implementation"] = request.attn_implementation
@@ -189,6 +189,13 @@ def _load_weights(
             if "compute_dtype" in vars(module):
                 vars(module)["compute_dtype"] = compute
     return model
+
+
+def _device_map(request: LoadRequest) -> str | Mapping[str, Any] | None:
+    if request.device_map == "unsloth":
+        LOG.warning('device_map="unsloth" means "balanced": the layers are spread evenly over the GPUs')
+        return "balanced"
+    return request.device_map
 
 
 def _bitsandbytes(compute: torch.dtype, *, four_bit: bool) -> Any:
