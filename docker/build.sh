@@ -36,7 +36,7 @@ if [[ -z $base && $variant == cpu ]]; then
 	fi
 fi
 if [[ $variant != cpu ]]; then
-	# One kind of GPU costs about an hour of one core, the Dockerfile's list nine.
+	# One kind of GPU costs about 75 minutes of one core, the Dockerfile's list up to eight times that.
 	architectures=${CUDA_ARCHITECTURES:-$(docker/architectures.sh)}
 	[[ -z $architectures || $architectures == all ]] || arguments+=(--build-arg "CUDA_ARCHITECTURES=$architectures")
 fi

@@ -30,8 +30,8 @@ from dropforge.settings import settings
 
 Log = Callable[[str], None]
 PROGRESS_SECONDS = 15.0
-BYTES_PER_JOB, BYTES_PER_CUDA_JOB = 2**30, 2 * 2**30
-CUDA_FLAG = "-DGGML_CUDA=ON"
+BYTES_PER_JOB = 2**30
+"""More than gcc takes, and nvcc: 0.7 GiB at most for its largest files."""
 MEMINFO = Path("/proc/meminfo")
 _STEP = re.compile(rb"^\[(\d+)/(\d+)\]")
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         build(
             target,
             sdist=options.sdist,
-            jobs=options.jobs or usable_jobs(options.cmake_flag),
+            jobs=options.jobs or usable_jobs(),
             flags=options.cmake_flag,
             log=log,
         )
@@ -91,15 +91,14 @@ def complete(folder: Path) -> bool:
     return tools and all((folder / "convert" / name).exists() for name in CONVERTER_PARTS)
 
 
-def usable_jobs(flags: Sequence[str]) -> int:
-    """As many compilers as there are cores, but no more than the free memory holds; nvcc needs twice what gcc does.
+def usable_jobs() -> int:
+    """As many compilers as there are cores, but no more than the free memory holds.
 
     Reads /proc itself: the image builds with a Python that has nothing installed.
     """
     available = re.search(r"^MemAvailable: *(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
     assert available is not None, "Linux has told this since 3.14"
-    each = BYTES_PER_CUDA_JOB if CUDA_FLAG in flags else BYTES_PER_JOB
-    return max(1, min(len(os.sched_getaffinity(0)), int(available[1]) * 1024 // each))
+    return max(1, min(len(os.sched_getaffinity(0)), int(available[1]) * 1024 // BYTES_PER_JOB))
 
 
 def _compile(source: Path, folder: Path, *, tools: BuildTools, jobs: int, flags: Sequence[str], log: Log) -> None:
