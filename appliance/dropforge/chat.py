@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dropforge.errors import CommandError
+from dropforge.gguf_names import finished_projector, is_projector
 from dropforge.paths import ResultFolder
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""One turn: role and content, which is a text or (with pictures) a list of parts."""
 Reply = Callable[[list[Message]], str]
 
 MAX_TOKENS = 512
@@ -28,14 +30,45 @@ def answer(
     max_tokens: int = MAX_TOKENS,
     system: str | None = None,
     temperature: float = 0.0,
+    images: tuple[Path, ...] = (),
 ) -> list[str]:
     """One answer per prompt, each a conversation of its own, in order. Temperature 0 is greedy.
 
-    `result` is a result folder, a GGUF file or a merged folder. Raises CommandError (chat-nothing) without a model.
+    `result` is a result folder, a GGUF file or a merged folder; `images` are PNG or JPEG files shown before each
+    prompt. Raises CommandError: chat-nothing (no model), chat-image (an unreadable file, or there is no projector).
     """
+    pictures = [_picture(path) for path in images]
+    if pictures and projector_of(result) is None:
+        raise CommandError(
+            "this result cannot look at pictures", code="chat-image", where=str(result),
+            why="there is no projector (mmproj) beside its GGUF",
+            fix="for a model that reads pictures, run `dropforge export RESULT gguf:q8_0` first",
+        )  # fmt: skip
     with model_of(result, max_tokens=max_tokens, temperature=temperature) as reply:
-        start = [{"role": "system", "content": system}] if system else []
-        return [reply([*start, {"role": "user", "content": prompt}]) for prompt in prompts]
+        start: list[Message] = [{"role": "system", "content": system}] if system else []
+        return [reply([*start, {"role": "user", "content": _content(prompt, pictures)}]) for prompt in prompts]
+
+
+def _picture(path: Path) -> bytes:
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        raise CommandError(
+            f"{path} cannot be read", code="chat-image", where="--image", why=str(error), fix="name a PNG or JPEG file"
+        ) from error
+    if not found.startswith((b"\x89PNG", b"\xff\xd8\xff")):
+        raise CommandError(
+            f"{path.name} is no PNG or JPEG file", code="chat-image", where="--image", fix="convert it, then ask again"
+        )
+    return found
+
+
+def _content(prompt: str, pictures: list[bytes]) -> str | list[dict[str, Any]]:
+    if not pictures:
+        return prompt
+    from dropforge.llama_cpp.server import picture_part
+
+    return [*map(picture_part, pictures), {"type": "text", "text": prompt}]
 
 
 def converse(
@@ -74,7 +107,7 @@ def model_of(result: Path, *, max_tokens: int, temperature: float) -> Iterator[R
     if gguf is not None:
         from dropforge.llama_cpp.server import LlamaServer
 
-        with LlamaServer(gguf, context=CONTEXT) as server:
+        with LlamaServer(gguf, context=CONTEXT, projector=projector_of(result)) as server:
             yield lambda messages: server.chat(messages, max_tokens=max_tokens, temperature=temperature)
         return
     merged = next(
@@ -95,13 +128,19 @@ def choose_gguf(result: Path) -> Path | None:
     if result.is_file():
         return result
     folder = ResultFolder(result).gguf
-    files = [*sorted(folder.glob("*.gguf")), *sorted(folder.glob("*/*-00001-of-*.gguf"))]
+    files = [path for path in sorted(folder.glob("*.gguf")) if not is_projector(path)]
+    files += sorted(folder.glob("*/*-00001-of-*.gguf"))
     ranks = {name: place for place, name in enumerate(PREFERRED)}
 
     def rank(path: Path) -> int:
         return ranks.get(path.stem.partition("-00001-of-")[0].rpartition("-")[2], len(ranks))
 
     return min(files, key=rank, default=None)
+
+
+def projector_of(result: Path) -> Path | None:
+    """The projector beside the GGUF of a result folder, or beside a GGUF file; None without one."""
+    return finished_projector(result.parent if result.is_file() else ResultFolder(result).gguf)
 
 
 @contextmanager

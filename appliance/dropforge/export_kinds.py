@@ -22,9 +22,11 @@ GGUF_ALIASES = {
     "q3_k": "q3_k_m",
     "q3_k_xs": "iq3_xs",
 }
-DETAILS = {"gguf": GGUF_TYPES, "fp8": ("", "block", "static")}
+DETAILS = {"gguf": GGUF_TYPES, "fp8": ("", "block", "static"), "mmproj": ("", "f32", "f16", "bf16", "q8_0")}
 """What may follow the colon of an entry; nothing for kinds not listed."""
-EXPORT_KINDS = ("adapter", "merged", "merged_4bit", "gguf", "fp8", "ollama", "lora_gguf", "torchao", "executorch")
+EXPORT_KINDS = (
+    "adapter", "merged", "merged_4bit", "gguf", "mmproj", "fp8", "ollama", "lora_gguf", "torchao", "executorch",
+)  # fmt: skip
 
 
 def normalise_exports(value: Any) -> Any:

@@ -19,7 +19,7 @@ from dropforge.spec import DataSpec, ModelSpec
 
 LINE_FORMATS = {".jsonl", ".csv", ".tsv"}
 WHOLE_FORMATS = {".json", ".xlsx", ".parquet", ".txt", ".md"}
-_TOWER = re.compile(r"(^|\.)(vision|visual|image|multi_modal|audio)")
+TOWER = re.compile(r"(^|\.)(vision|visual|image|multi_modal|audio)")
 """Starts of path parts of what reads pictures or sounds; text trains nothing there."""
 
 
@@ -72,7 +72,7 @@ def model_facts(model: ModelSpec, *, folder: Path | None) -> ModelFacts:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pictures = "vision_config" in config
     text = {**config, **(config.get("text_config") or {})}
-    trained = {name: shape for name, shape in shapes.items() if not (pictures and _TOWER.search(name))}
+    trained = {name: shape for name, shape in shapes.items() if not (pictures and TOWER.search(name))}
     linear = [s for n, s in trained.items() if len(s) == 2 and ".layers." in n and n.endswith(".weight")]
     embedding = next((s for n, s in shapes.items() if n.endswith("embed_tokens.weight")), None)
     return ModelFacts(

@@ -21,6 +21,7 @@ from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
 from dropforge.export.base_weights import original_folders
 from dropforge.export.beforehand import refuse_beforehand
+from dropforge.export.precheck import with_projector
 from dropforge.export.publish import publish_result, token_of
 from dropforge.export.samples import EVAL_FILE, read_samples, write_samples
 from dropforge.facts import data_facts, model_facts
@@ -56,14 +57,14 @@ def run_job(run: RunFolder, *, root: DataRoot, attempt: int, log: RunLog, stop: 
     log.event("model", id=source.id, revision=source.revision, kind=source.kind)
     token_of(spec, root)
     if not is_trained(run):
-        refuse_beforehand(spec, asked_exports(spec), run=run, root=root, source=source)
+        refuse_beforehand(spec, asked_exports(spec, source), run=run, root=root, source=source)
         shutil.rmtree(root.result(spec.slug, run.id).path, ignore_errors=True)  # of weights that are no more
         train(spec, run=run, root=root, source=source, log=log, stop=stop, seconds=seconds)
     stop.raise_if_requested()
 
     log.state(State.EXPORTING)
     exporting = time.monotonic()
-    reports = export(spec, kinds=asked_exports(spec), run=run, root=root, source=source, log=log)
+    reports = export(spec, kinds=asked_exports(spec, source), run=run, root=root, source=source, log=log)
     reports = published(spec, reports, run=run, root=root, source=source, log=log)
     seconds["exporting"] = time.monotonic() - exporting
     seconds["total"] = time.monotonic() - started
@@ -200,11 +201,10 @@ def published(
     )  # fmt: skip
 
 
-def asked_exports(spec: Spec) -> tuple[str, ...]:
-    """The spec's exports; an adapter is always among them, because it is what the training made."""
-    if spec.adapter.type == "full" or "adapter" in spec.export:
-        return spec.export
-    return ("adapter", *spec.export)
+def asked_exports(spec: Spec, source: ModelSource) -> tuple[str, ...]:
+    """The spec's exports, and what belongs to them: the adapter, which is what the training made, and a projector."""
+    kinds = with_projector(spec.export, base=source.path)
+    return kinds if spec.adapter.type == "full" or "adapter" in kinds else ("adapter", *kinds)
 
 
 def export_more(
@@ -222,10 +222,11 @@ def export_more(
     value = json.loads(read_spec(run).model_dump_json()) | {"export": list(kinds), "imatrix": None}
     spec = check(json.dumps(value).encode(), filename="export.json").resolved
     source = resolve_approved(spec.model, root=root, run=run)
-    refuse_beforehand(spec, spec.export, run=run, root=root, source=source)
+    asked = with_projector(spec.export, base=source.path)
+    refuse_beforehand(spec, asked, run=run, root=root, source=source)
     started = time.monotonic()
     shown = _Printing(run, log)
-    reports = export(spec, kinds=spec.export, run=run, root=root, source=source, log=shown)
+    reports = export(spec, kinds=asked, run=run, root=root, source=source, log=shown)
     reports = published(spec, reports, run=run, root=root, source=source, log=shown)
     finish_result(
         root.result(spec.slug, run.id),
@@ -237,7 +238,7 @@ def export_more(
         seconds={"exporting": time.monotonic() - started},
         root=root,
     )
-    return tuple(report for report in reports if report.kind in spec.export)
+    return tuple(report for report in reports if report.kind in asked)
 
 
 class _Printing(RunLog):

@@ -120,7 +120,8 @@ def _commands(exports: tuple[ExportReport, ...], *, base: str) -> list[str]:
         "merged": "vllm serve {path}   # or transformers in Python",
         "merged_4bit": "vllm serve {path}   # or transformers with bitsandbytes",
         "fp8": "vllm serve {path}   # an Ada, Hopper or newer GPU",
-        "gguf": "llama-server -m {path}",
+        "gguf": "llama-server -m {path}"
+        + "".join(f" --mmproj {report.path}" for report in exports if report.ok and report.kind.startswith("mmproj")),
         "lora_gguf": "llama-server -m BASE.gguf --lora {path}",
     }
     lines = []

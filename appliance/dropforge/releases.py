@@ -14,7 +14,7 @@ METHODS = {
 QUANTIZATIONS = {"none": "0.1", "nf4": "0.1", "int8": "0.2", "fp8": "0.2", "mxfp4": "0.3"}
 EXPORTS = {
     "adapter": "0.1", "merged": "0.1", "gguf": "0.1", "ollama": "0.1", "fp8": "0.1", "merged_4bit": "0.1",
-    "lora_gguf": "0.1", "torchao": "0.3", "executorch": "0.3",
+    "lora_gguf": "0.1", "mmproj": "0.1", "torchao": "0.3", "executorch": "0.3",
 }  # fmt: skip
 # Fields of `train` that no method of this release reads: refused, never silently ignored.
 TRAIN_FIELDS = {

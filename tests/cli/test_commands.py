@@ -20,7 +20,7 @@ SURFACE = {
     "retry": {"job", "--data", "--json"},
     "release": {"job", "--trust-code", "--data", "--json"},
     "export": {"job", "kinds", "--data", "--json"},
-    "chat": {"result", "--prompt", "--system", "--max-tokens", "--temperature", "--data", "--json"},
+    "chat": {"result", "--prompt", "--image", "--system", "--max-tokens", "--temperature", "--data", "--json"},
     "data": {
         "action",
         "files",

@@ -60,10 +60,71 @@ FAMILIES = {
         processing={"size": {"height": 112, "width": 112}, "image_seq_length": 16},
         processor_fields={"image_seq_length": 16}, hub_names={"vision_tower.": "vision_tower.vision_model."},
     ),
+    "qwen2_5_vl": PictureFamily(
+        config="Qwen2_5_VLConfig", text="Qwen2_5_VLTextConfig", vision="Qwen2_5_VLVisionConfig",
+        model="Qwen2_5_VLForConditionalGeneration", processor="Qwen2_5_VLProcessor",
+        image_processor="Qwen2VLImageProcessorPil", tokenizer="qwen", template="chatml", eos="<|im_end|>",
+        markers={
+            "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
+            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+        },
+        text_changes={
+            "tie_word_embeddings": False, "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        },
+        vision_fields={
+            "hidden_size": 128, "out_hidden_size": 256, "intermediate_size": 256, "depth": 3, "num_heads": 4,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        top=lambda tokenizer: {
+            "image_token_id": _id(tokenizer, "<|image_pad|>"), "video_token_id": _id(tokenizer, "<|video_pad|>"),
+            "vision_start_token_id": _id(tokenizer, "<|vision_start|>"),
+            "vision_end_token_id": _id(tokenizer, "<|vision_end|>"),
+        },
+        processing={
+            "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 1003520,
+        },
+    ),
+    "mistral3": PictureFamily(
+        config="Mistral3Config", text="MistralConfig", vision="PixtralVisionConfig",
+        model="Mistral3ForConditionalGeneration", processor="PixtralProcessor",
+        image_processor="PixtralImageProcessorPil", tokenizer="llama", template="chatml-bos", eos="<|im_end|>",
+        markers={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
+        text_changes={"tie_word_embeddings": False, "sliding_window": None},
+        vision_fields={
+            "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 448, "patch_size": 14, "head_dim": 32, "hidden_act": "silu",
+        },
+        top=lambda tokenizer: {
+            "image_token_index": _id(tokenizer, "[IMG]"), "spatial_merge_size": 2, "vision_feature_layer": -1,
+            "projector_hidden_act": "gelu", "multimodal_projector_bias": False,
+        },
+        processing={"patch_size": {"height": 28, "width": 28}, "size": {"longest_edge": 448}},
+        processor_fields={"patch_size": 14, "spatial_merge_size": 2},
+    ),
+    "llava": PictureFamily(
+        config="LlavaConfig", text="LlamaConfig", vision="CLIPVisionConfig",
+        model="LlavaForConditionalGeneration", processor="LlavaProcessor", image_processor="CLIPImageProcessorPil",
+        tokenizer="llama", template="chatml-bos", eos="<|im_end|>", markers={"image_token": "<image>"},
+        text_changes={"tie_word_embeddings": False},
+        vision_fields={
+            "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 112, "patch_size": 14, "projection_dim": 64,
+        },
+        top=lambda tokenizer: {
+            "image_token_index": _id(tokenizer, "<image>"), "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default", "image_seq_length": 64,
+        },
+        processing={"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}},
+        processor_fields={
+            "patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+        },
+    ),
 }  # fmt: skip
 
 
-def write_model(name: str, folder: Path, *, dtype: str = "bfloat16") -> None:
+def write_model(name: str, folder: Path, *, seed: int = SEED) -> None:
     """Configuration, weights, tokenizer and processor files of one family into the existing empty folder."""
     import torch
     import transformers
@@ -81,16 +142,27 @@ def write_model(name: str, folder: Path, *, dtype: str = "bfloat16") -> None:
         text_config=text.to_dict(), vision_config=vision.to_dict(), **family.top(tokenizer),
         tie_word_embeddings=family.text_changes.get("tie_word_embeddings", False),
     )  # fmt: skip
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = getattr(transformers, family.model)(config)
     _spread(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     _rename(folder / "model.safetensors", family.hub_names)
     image_processor = getattr(transformers, family.image_processor)(**family.processing)
     image_processor.save_pretrained(folder)
-    processor = getattr(transformers, family.processor)(
-        image_processor=image_processor, tokenizer=tokenizer, **family.processor_fields
-    )
+    _write_processor(family, folder, tokenizer, image_processor)
+
+
+def _write_processor(family: PictureFamily, folder: Path, tokenizer: Any, image_processor: Any) -> None:
+    """processor_config.json; those of some families need torchvision, and older checkpoints have none."""
+    import transformers
+
+    try:
+        processor = getattr(transformers, family.processor)(
+            image_processor=image_processor, tokenizer=tokenizer, **family.processor_fields
+        )
+    except (ImportError, TypeError):
+        return
+    processor.chat_template = tokenizer.chat_template
     processor.save_pretrained(folder)
 
 
@@ -130,7 +202,7 @@ def _rename(path: Path, names: dict[str, str]) -> None:
     save_file({name: value.clone() for name, value in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def picture_bench(name: str, folder: Path, *, spec: Any = None, dtype: str = "bfloat16") -> Any:
+def picture_bench(name: str, folder: Path, *, spec: Any = None, seed: int = SEED) -> Any:
     """An export bench of a family: its base, the adapter that a training on text attaches, with random numbers."""
     import torch
     from dropforge.models.load import attach_adapter
@@ -140,8 +212,8 @@ def picture_bench(name: str, folder: Path, *, spec: Any = None, dtype: str = "bf
     from export_harness import Bench
 
     bench = Bench(name=name, folder=folder)
-    bench.base.mkdir()
-    write_model(name, bench.base, dtype=dtype)
+    bench.base.mkdir(parents=True)
+    write_model(name, bench.base, seed=seed)
     load_tokenizer(bench.base)[0].save_pretrained(bench.tokenizer)
     model = auto_class(bench.base).from_pretrained(bench.base, dtype=torch.float32)
     model = attach_adapter(model, spec or AdapterSpec(r=8, lora_alpha=16), seed=0, checkpointing=False)

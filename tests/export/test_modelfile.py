@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from dropforge.export.modelfile import Modelfile, read_modelfile, unwritable, write_modelfile
 
@@ -28,6 +30,15 @@ def test_without_a_template_a_new_ollama_is_required():
     assert "REQUIRES 0.30.0" in text
     assert "TEMPLATE" not in text
     assert read_modelfile(text) == said
+
+
+def test_a_projector_is_a_second_from_and_needs_a_new_ollama():
+    wanted = dataclasses.replace(FULL, projector="./gguf/a-mmproj-F16.gguf")
+    text, said = write_modelfile(wanted)
+    assert text.startswith("FROM ./gguf/a-Q8_0.gguf\nFROM ./gguf/a-mmproj-F16.gguf\nREQUIRES 0.30.0\nTEMPLATE")
+    assert read_modelfile(text) == said == wanted
+    with pytest.raises(ValueError, match="not understood"):
+        read_modelfile("FROM a\nFROM b\nFROM c\n")
 
 
 @pytest.mark.parametrize(

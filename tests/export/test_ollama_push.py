@@ -93,37 +93,51 @@ MODEL = Modelfile(
 
 def test_everything_of_the_modelfile_arrives(ollama, gguf):
     log = []
-    done = push_to_ollama(MODEL, gguf, name="sums", url=ollama.url, log=log.append)
+    done = push_to_ollama(MODEL, (gguf,), name="sums", url=ollama.url, log=log.append)
     assert done == {"name": "sums", "version": "0.31.2", "uploaded": True, "run": "ollama run sums"}
     made = ollama.models["sums"]
     assert ollama.blobs[made["files"]["x-Q8_0.gguf"]] == gguf.read_bytes()
     assert made["system"] == "Be brief." and made["license"] == "mit" and "template" not in made
     assert made["parameters"] == {"stop": ["<|im_end|>", "</s>"], "num_ctx": 4096}
-    again = push_to_ollama(MODEL, gguf, name="sums", url=ollama.url, log=log.append)
+    again = push_to_ollama(MODEL, (gguf,), name="sums", url=ollama.url, log=log.append)
     assert not again["uploaded"]
     assert len([path for method, path in ollama.requests if method == "POST" and "blobs" in path]) == 1
     assert len(log) == 3
 
 
+def test_a_projector_goes_along_and_needs_a_new_ollama(ollama, gguf, tmp_path):
+    projector = tmp_path / "x-mmproj-F16.gguf"
+    projector.write_bytes(b"GGUF" + bytes(500))
+    model = Modelfile(gguf="x", projector="y", template="{{ .Prompt }}")
+    push_to_ollama(model, (gguf, projector), name="sums", url=ollama.url, log=print)
+    files = ollama.models["sums"]["files"]
+    assert {name: ollama.blobs[digest] for name, digest in files.items()} == {
+        path.name: path.read_bytes() for path in (gguf, projector)
+    }
+    ollama.version = "0.29.9"
+    with pytest.raises(ExportError, match=r"0\.29\.9"):
+        push_to_ollama(model, (gguf, projector), name="sums", url=ollama.url, log=print)
+
+
 def test_an_old_ollama_gets_only_models_with_a_template(ollama, gguf):
     ollama.version = "0.29.9"
     with pytest.raises(ExportError, match=r"0\.29\.9") as error:
-        push_to_ollama(MODEL, gguf, name="sums", url=ollama.url, log=print)
+        push_to_ollama(MODEL, (gguf,), name="sums", url=ollama.url, log=print)
     assert error.value.code == "ollama-refused" and ollama.models == {}
     text = "{{ range .Messages }}{{ .Content }}{{ end }}"
-    push_to_ollama(Modelfile(gguf="x", template=text), gguf, name="sums", url=ollama.url, log=print)
+    push_to_ollama(Modelfile(gguf="x", template=text), (gguf,), name="sums", url=ollama.url, log=print)
     assert ollama.models["sums"]["template"] == text
 
 
 def test_another_understanding_is_noticed(ollama, gguf):
     ollama.shows = {"system": "Be long."}
     with pytest.raises(ExportError, match="another system text"):
-        push_to_ollama(MODEL, gguf, name="sums", url=ollama.url, log=print)
+        push_to_ollama(MODEL, (gguf,), name="sums", url=ollama.url, log=print)
 
 
 def test_nobody_there(gguf):
     with pytest.raises(EnvironmentFault) as error:
-        push_to_ollama(MODEL, gguf, name="sums", url="http://127.0.0.1:9", log=print)
+        push_to_ollama(MODEL, (gguf,), name="sums", url="http://127.0.0.1:9", log=print)
     assert error.value.code == "ollama-unreachable"
 
 

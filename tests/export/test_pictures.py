@@ -100,10 +100,28 @@ def test_the_adapter(gemma):
 
 def test_a_tower_that_changed_is_refused(gemma, tmp_path):
     folder = copy(gemma.stage.merged.folder, tmp_path / "merged")
-    assert compare_towers(folder, base=gemma.base) == 39
+    assert compare_towers(folder, base=gemma.base, adapter=gemma.adapter) == 39
     change_tensor(folder, TOWER, lambda tensor: tensor * 1.01)
     with pytest.raises(ExportError, match="is not the base model's"):
-        compare_towers(folder, base=gemma.base)
+        compare_towers(folder, base=gemma.base, adapter=gemma.adapter)
+    assert compare_towers(folder, base=gemma.base, adapter=None) == 38, "every weight may have been trained"
+
+
+def test_an_adapter_of_the_tower_made_in_python_is_merged(gemma, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(gemma.base).float(), LoraConfig(target_modules=["fc1"], r=4, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    (report,) = gemma.export(
+        ("merged",), adapter=tmp_path / "adapter", result=ResultFolder(tmp_path / "r"), work=tmp_path / "w"
+    )
+    assert report.ok, report.problem
+    assert report.checks["tensors_for_pictures_unchanged"] == 37
 
 
 def test_read_from_disk_as_it_runs_it_says_the_same(gemma, tmp_path, monkeypatch):

@@ -25,8 +25,8 @@ def test_the_tables_of_the_converter(llama_cpp):
     ("kinds", "changes", "options", "code", "why"),
     [
         (("gguf:q8_0",), {"architectures": ["NobodysForCausalLM"]}, {}, "export-unsupported", "none of them"),
-        (("ollama",), {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}}, {}, "export-unsupported", "llama.cpp knows a projector"),
-        (("gguf:f16",), {"architectures": ["XForConditionalGeneration"], "audio_config": {}}, {}, "export-unsupported", "does not know a projector"),
+        (("gguf:f16",), {"architectures": ["Gemma3nForConditionalGeneration"], "audio_config": {}}, {}, "export-unsupported", "also reads sounds"),
+        (("mmproj",), {"architectures": ["ArceeForCausalLM"], "model_type": "gemma3", "vision_config": {}}, {}, "export-unsupported", "does not know a projector"),
         (("merged",), {"quantization_config": {"quant_method": "gptq"}}, {}, "export-base-quantized", "this format is not read"),
         (("lora_gguf",), {}, {"use_dora": True}, "export-lora-gguf", "DoRA"),
         (("lora_gguf",), {}, {"modules_to_save": ("lm_head",)}, "export-lora-gguf", "lm_head"),

@@ -94,6 +94,7 @@ COMMANDS = (
         arguments=(
             _arg("result", metavar="RESULT", help="job id or name, or a result folder"),
             _arg("--prompt", action="append", metavar="TEXT", help="ask this and print the answer (repeatable)"),
+            _arg("--image", action="append", metavar="FILE", help="a PNG or JPEG shown with every --prompt"),
             _arg("--system", metavar="TEXT", help="system message"),
             _arg("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)"),
             _arg("--temperature", type=float, default=0.0, metavar="T", help="0 = greedy (default)"),

@@ -22,10 +22,11 @@ def chat(arguments: Namespace) -> int:
         "system": arguments.system,
         "temperature": arguments.temperature,
     }
-    if not arguments.prompt:
+    if not arguments.prompt and not arguments.image:
         return converse(result, **options)
-    answers = answer(result, arguments.prompt, **options)
-    pairs = [{"prompt": prompt, "answer": text} for prompt, text in zip(arguments.prompt, answers, strict=True)]
+    prompts = arguments.prompt or ["What does this picture show?"]
+    answers = answer(result, prompts, images=tuple(map(Path, arguments.image or ())), **options)
+    pairs = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]
     emit(arguments, pairs, "\n".join(answers))
     return 0
 

@@ -104,6 +104,7 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
     from dropforge.export.export_merged import export_merged
     from dropforge.export.export_merged_4bit import export_merged_4bit
     from dropforge.export.export_ollama import export_ollama
+    from dropforge.export.export_projector import export_projector
 
     name, _, detail = kind.partition(":")
     if name == "adapter":
@@ -116,6 +117,8 @@ def _make(stage: Stage, kind: str, folder: Path) -> Made:
         return export_fp8(stage, folder, detail)
     if name == "gguf":
         return export_gguf(stage, folder, detail)
+    if name == "mmproj":
+        return export_projector(stage, folder, detail)
     if name == "lora_gguf":
         return export_lora_gguf(stage, folder)
     if name == "ollama":

@@ -10,6 +10,7 @@ from dropforge.errors import EnvironmentFault, Reason
 from dropforge.export.quantized_base import quantized_base
 from dropforge.export.safetensors_stream import index_folder
 from dropforge.export_kinds import split_detail
+from dropforge.facts import TOWER
 from dropforge.files import free_bytes
 from dropforge.plan import GGUF_BITS
 
@@ -61,9 +62,11 @@ def needed_bytes(stage: Stage, kind: str) -> int:
         gguf_type, part = split_detail(detail)
         own = GGUF_BITS.get(gguf_type, 16) / 8 * numbers
         total += own * 2 if part else own
+    if name == "mmproj":
+        total += sum(4 * math.prod(shape) for name, shape in shapes.items() if TOWER.search(name))
     if name == "lora_gguf":
         total += sixteen_bit + 4 * adapter
-    elif name == "gguf" and not stage.has("base gguf"):
+    elif name in ("gguf", "mmproj") and not stage.has("base gguf"):
         total += sixteen_bit
     if name in MATRIX_BYTES:
         kept = sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in KEPT))

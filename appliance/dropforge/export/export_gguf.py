@@ -12,14 +12,10 @@ from dropforge.export.stage import Stage
 from dropforge.export.verify_gguf import verify_gguf
 from dropforge.export.verify_weights import compare_weights
 from dropforge.export_kinds import GGUF_NEEDS_IMATRIX, split_detail
+from dropforge.gguf_names import gguf_name
 from dropforge.llama_cpp.quantize import quantize
 from dropforge.llama_cpp.server import usable_threads
 from dropforge.llama_cpp.split import compare_parts, split_gguf
-
-
-def gguf_name(slug: str, gguf_type: str) -> str:
-    """File name as the community writes it: the type at the end, in capitals."""
-    return f"{slug}-{gguf_type.upper()}.gguf"
 
 
 def export_gguf(stage: Stage, folder: Path, detail: str) -> Made:

@@ -28,7 +28,7 @@ class HubUpload:
 
     repo: str
     kind: str
-    """merged, adapter, gguf (all GGUF files and the Modelfile together), fp8 ..."""
+    """merged, adapter, gguf (all GGUF files, projector and Modelfile together), fp8 ..."""
     files: tuple[tuple[str, Path], ...]
     """(path in the repository, file here); README.md, the model card, comes on top."""
 
@@ -51,7 +51,7 @@ def plan_uploads(result: ResultFolder, reports: tuple[ExportReport, ...], *, rep
         place = result.path / report.path
         if not report.ok or not report.path or report.kind == "hub" or not place.exists():
             continue
-        kind = "gguf" if report.kind == "ollama" or report.kind.startswith("gguf:") else report.kind
+        kind = "gguf" if report.kind == "ollama" or report.kind.startswith(("gguf:", "mmproj")) else report.kind
         files = regular_files(place) if place.is_dir() else [place, *_siblings(place)]
         start = place if place.is_dir() else place.parent
         if report.kind == "ollama":

@@ -20,6 +20,8 @@ class Modelfile:
 
     gguf: str
     """Path relative to the Modelfile, such as ./gguf/name-Q8_0.gguf."""
+    projector: str = ""
+    """The same of what reads pictures; a second FROM line. Needs the Ollama that runs GGUFs in llama-server."""
     template: str | None = None
     system: str | None = None
     stops: tuple[str, ...] = ()
@@ -56,10 +58,10 @@ def write_modelfile(wanted: Modelfile) -> tuple[str, Modelfile]:
     template, system = usable("TEMPLATE", wanted.template), usable("SYSTEM", wanted.system)
     license_text = usable("LICENSE", wanted.license) or ""
     stops = tuple(stop for stop in wanted.stops if usable(f"stop {stop!r}", stop))
-    lines = [f"FROM {wanted.gguf}"]
-    if template is None:
+    lines = [f"FROM {path}" for path in (wanted.gguf, wanted.projector) if path]
+    if template is None or wanted.projector:
         lines.append(f"REQUIRES {JINJA_VERSION}")
-    else:
+    if template is not None:
         lines.append(f"TEMPLATE {QUOTES}{template}{QUOTES}")
     if system is not None:
         lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
@@ -69,8 +71,8 @@ def write_modelfile(wanted: Modelfile) -> tuple[str, Modelfile]:
     if license_text:
         lines.append(f"LICENSE {QUOTES}{license_text}{QUOTES}")
     said = Modelfile(
-        gguf=wanted.gguf, template=template, system=system, stops=stops, context=wanted.context,
-        license=license_text, left_out=tuple(left_out),
+        gguf=wanted.gguf, projector=wanted.projector, template=template, system=system, stops=stops,
+        context=wanted.context, license=license_text, left_out=tuple(left_out),
     )  # fmt: skip
     return "\n".join(lines) + "\n", said
 
@@ -86,6 +88,7 @@ def read_modelfile(text: str) -> Modelfile:
     """Read a Modelfile of the form above; unknown words are not understood and raise ValueError."""
     values: dict[str, str] = {}
     stops: list[str] = []
+    files: list[str] = []
     position = 0
     for match in _COMMAND.finditer(text):
         if text[position : match.start()].strip():
@@ -94,11 +97,14 @@ def read_modelfile(text: str) -> Modelfile:
         value = match["quoted"] if match["quoted"] is not None else match["bare"]
         if match["name"] == "stop":
             stops.append(value)
+        elif match["word"] == "FROM":
+            files.append(value)
         else:
             values[match["name"] or match["word"]] = value
-    if text[position:].strip() or "FROM" not in values:
+    if text[position:].strip() or len(files) not in (1, 2):
         raise ValueError(f"not understood: {text[position:].strip()[:80]!r}")
     return Modelfile(
-        gguf=values["FROM"], template=values.get("TEMPLATE"), system=values.get("SYSTEM"), stops=tuple(stops),
+        gguf=files[0], projector=files[1] if len(files) > 1 else "", template=values.get("TEMPLATE"),
+        system=values.get("SYSTEM"), stops=tuple(stops),
         context=int(values["num_ctx"]) if "num_ctx" in values else None, license=values.get("LICENSE", ""),
     )  # fmt: skip

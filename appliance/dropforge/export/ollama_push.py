@@ -22,29 +22,30 @@ SECONDS = 600.0
 
 
 def push_to_ollama(
-    model: Modelfile, gguf: Path, *, name: str, url: str, log: Callable[[str], None]
+    model: Modelfile, files: tuple[Path, ...], *, name: str, url: str, log: Callable[[str], None]
 ) -> dict[str, Any]:  # fmt: skip
-    """Create `name` in the Ollama at `url` (http://host:port); returns what was done.
+    """Create `name` of these GGUF files in the Ollama at `url` (http://host:port); returns what was done.
 
     Raises EnvironmentFault ollama-unreachable; ExportError ollama-refused when it does not take the model, is too old
     for one without a TEMPLATE, or understood something else than the Modelfile says.
     """
     version = str(_ask(url, "GET", "/api/version").get("version", ""))
-    if model.template is None and _number(version) < _number(JINJA_VERSION):
-        raise _refused(
-            f"this Ollama is version {version}, and the model needs {JINJA_VERSION}", why="its chat template is Jinja"
-        )
-    digest = f"sha256:{sha256_file(gguf)}"
-    uploaded = not _has(url, digest)
-    if uploaded:
-        log(f"uploading {gguf.name} to Ollama")
-        _upload(url, digest, gguf)
+    if (model.template is None or model.projector) and _number(version) < _number(JINJA_VERSION):
+        why = "its projector runs in llama-server" if model.projector else "its chat template is Jinja"
+        raise _refused(f"this Ollama is version {version}, and the model needs {JINJA_VERSION}", why=why)
+    digests = {gguf.name: f"sha256:{sha256_file(gguf)}" for gguf in files}
+    uploaded = False
+    for gguf in files:
+        if not _has(url, digests[gguf.name]):
+            log(f"uploading {gguf.name} to Ollama")
+            _upload(url, digests[gguf.name], gguf)
+            uploaded = True
     log(f"creating {name} in Ollama")
     parameters: dict[str, Any] = {"stop": list(model.stops)} if model.stops else {}
     if model.context is not None:
         parameters["num_ctx"] = model.context
     wanted = {
-        "model": name, "files": {gguf.name: digest}, "stream": False, "template": model.template,
+        "model": name, "files": digests, "stream": False, "template": model.template,
         "system": model.system, "license": model.license or None, "parameters": parameters or None,
     }  # fmt: skip
     status = _ask(url, "POST", "/api/create", {key: value for key, value in wanted.items() if value is not None})

@@ -8,12 +8,15 @@ from typing import Any
 from dropforge.errors import EnvironmentFault, ExportError
 from dropforge.export.export_fp8 import MULTIPLE
 from dropforge.export.export_merged_4bit import BLOCK as NF4_BLOCK
+from dropforge.export.picture_families import without_projector
+from dropforge.export.picture_reference import PictureReader
 from dropforge.export.quantized_base import quantized_base
 from dropforge.export.quantized_folder import linear_layers
 from dropforge.export.safetensors_stream import index_folder
 from dropforge.files import read_json
 from dropforge.llama_cpp.architectures import architectures
 from dropforge.llama_cpp.locate import find_llama_cpp
+from dropforge.models.pictures import reads_pictures
 from dropforge.models.remote_code import needs_code
 
 
@@ -22,9 +25,9 @@ def precheck(
 ) -> None:
     """Raise ExportError for the first of `kinds` that cannot be made of the model in the folder `base`.
 
-    Codes: export-unsupported (an architecture llama.cpp does not convert, or pictures), export-quantize-unsupported,
-    export-lora-gguf, export-base-quantized, export-weights-missing. What is not known yet (llama.cpp is not built here)
-    is left for later.
+    Codes: export-unsupported (an architecture or a projector that llama.cpp does not convert, or nobody tried),
+    export-picture, export-quantize-unsupported, export-lora-gguf, export-base-quantized, export-weights-missing. What
+    is not known yet (llama.cpp is not built here) is left for later.
     """
     if set(kinds) <= {"adapter"}:
         return
@@ -38,8 +41,8 @@ def precheck(
             why="no other program could check or run the exported files without that code",
             fix="write export: [adapter]",
         )  # fmt: skip
-    if any(kind.startswith(("gguf:", "lora_gguf", "ollama")) for kind in kinds):
-        _converts(config)
+    if any(kind.startswith(("gguf:", "lora_gguf", "ollama", "mmproj")) for kind in kinds):
+        _converts(config, projector=any(kind.startswith("mmproj") for kind in kinds), base=base)
     if "lora_gguf" in kinds and (use_dora or modules_to_save):
         raise ExportError(
             "this adapter cannot be a GGUF of its own", code="export-lora-gguf", where="export",
@@ -52,22 +55,21 @@ def precheck(
             linear_layers(base, multiple=multiple, what=kind, shapes=shapes)
 
 
-def _converts(config: dict[str, Any]) -> None:
+def with_projector(kinds: tuple[str, ...], *, base: Path) -> tuple[str, ...]:
+    """A GGUF of a model that reads pictures needs its projector beside it: `mmproj` is added where it was not asked."""
+    needs = any(kind.startswith(("gguf:", "ollama")) for kind in kinds)
+    has = any(kind.startswith("mmproj") for kind in kinds)
+    if not needs or has or not reads_pictures(read_json(base / "config.json")):
+        return kinds
+    return (*(kind for kind in kinds if kind != "ollama"), "mmproj", *(kind for kind in kinds if kind == "ollama"))
+
+
+def _converts(config: dict[str, Any], *, projector: bool, base: Path) -> None:
     names = [str(name) for name in config.get("architectures") or ()]
     try:
         known = architectures(find_llama_cpp())
     except EnvironmentFault:
         return
-    pictures = [key for key in ("vision_config", "audio_config") if key in config]
-    if pictures:
-        has = any(name in known.projector for name in names)
-        raise ExportError(
-            f"{', '.join(names)} also reads pictures or sounds, and its projector cannot be exported yet",
-            code="export-unsupported", where="config.json: " + ", ".join(pictures),
-            why=f"llama.cpp {'knows' if has else 'does not know'} a projector (mmproj) for it; Dropforge writes only"
-            " the language model's GGUF, and a model without its projector would be half of what was trained",
-            fix="leave gguf, lora_gguf and ollama out of `export`; adapter and merged hold everything",
-        )  # fmt: skip
     if names and not any(name in known.text for name in names):
         raise ExportError(
             f"llama.cpp cannot convert {', '.join(names)}", code="export-unsupported",
@@ -75,3 +77,16 @@ def _converts(config: dict[str, Any]) -> None:
             why=f"its converter knows {len(known.text)} architectures, and this is none of them",
             fix="leave gguf, lora_gguf and ollama out of `export`; adapter and merged can be made",
         )  # fmt: skip
+    shown = ", ".join(names)
+    if config.get("audio_config") is not None:
+        raise without_projector(shown, why="it also reads sounds, and what llama.cpp hears is not checked")
+    if not projector:
+        return
+    if not reads_pictures(config):
+        raise ExportError(
+            f"{shown} reads no pictures, so it has no projector", code="export-unsupported", where="export: mmproj",
+            fix="leave mmproj out of `export`",
+        )  # fmt: skip
+    if not any(name in known.projector for name in names):
+        raise without_projector(shown, why="llama.cpp does not know a projector for it")
+    PictureReader(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dropforge.errors import ExportError
+from dropforge.export.adapter_file import read_adapter
 from dropforge.export.safetensors_stream import index_folder, read_tensor
 from dropforge.files import read_json, write_json
 from dropforge.models.pictures import PROCESSOR_FILES, in_language_part, language_path, reads_pictures, stored_names
@@ -24,10 +25,11 @@ def write_processor(base: Path, target: Path) -> list[str]:
     return names
 
 
-def compare_towers(folder: Path, *, base: Path) -> int | None:
-    """Every tensor outside the language model must be the base's, rounded to the folder's type; returns how many.
+def compare_towers(folder: Path, *, base: Path, adapter: Path | None) -> int | None:
+    """How many tensors outside the language model are the base's, rounded to the folder's type.
 
-    None for a model that reads text only. Raises ExportError (export-merge-wrong).
+    All that the adapter does not change must be; without one every weight may have been trained (a job trains none
+    there). None for a model that reads text only. Raises ExportError (export-merge-wrong).
     """
     import torch
 
@@ -36,13 +38,20 @@ def compare_towers(folder: Path, *, base: Path) -> int | None:
         return None
     mine, theirs = index_folder(folder), index_folder(base)
     loaded = {file: name for name, file in stored_names(folder, mine).items()}
-    names = [file for file in mine if not in_language_part(loaded.get(file, file), part)]
-    for name in names:
+    changes = read_adapter(adapter).changes if adapter else {}
+    changed = {f"{module}.{part}" for module, change in changes.items() for part in ("weight", *change.replaced)}
+    unchanged = 0
+    for name in mine:
+        path = loaded.get(name, name)
+        if in_language_part(path, part) or path in changed:
+            continue
         found = read_tensor(mine[name], name)
-        if name not in theirs or not torch.equal(found, read_tensor(theirs[name], name).to(found.dtype)):
+        if name in theirs and torch.equal(found, read_tensor(theirs[name], name).to(found.dtype)):
+            unchanged += 1
+        elif adapter is not None:
             raise ExportError(
                 f"{name} is not the base model's", code="export-merge-wrong", where="merged",
                 why="text does not train what reads pictures, so it must be unchanged",
                 fix="this is a fault of Dropforge, not of your data; please report it with provenance.json",
             )  # fmt: skip
-    return len(names)
+    return unchanged

@@ -252,6 +252,14 @@ def _batch(model: Any, rows: list[list[int]], positions: list[list[int]]) -> lis
         ids[place, : len(row)] = torch.tensor(row)
     at_row = torch.tensor([place for place, asked in enumerate(positions) for _ in asked])
     at_token = torch.tensor([token for asked in positions for token in asked])
+    found = selected_logprobs(model, at_row, at_token, input_ids=ids)
+    ends = [sum(len(asked) for asked in positions[:place]) for place in range(len(positions) + 1)]
+    return [found[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def selected_logprobs(model: Any, at_row: torch.Tensor, at_token: torch.Tensor, **inputs: Any) -> Array:
+    """float32 [P, V]: log-probabilities of what follows each of the places (at_row [P], at_token [P]) of the inputs."""
+    import torch
 
     def select(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][at_row, at_token][None], *inputs[1:])
@@ -260,12 +268,11 @@ def _batch(model: Any, rows: list[list[int]], positions: list[list[int]]) -> lis
     hook = head.register_forward_pre_hook(select)
     try:
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0]
+            logits = model(**inputs, use_cache=False).logits[0]
     finally:
         hook.remove()
-    found = torch.log_softmax(logits.float(), dim=-1).numpy()
-    ends = [sum(len(asked) for asked in positions[:place]) for place in range(len(positions) + 1)]
-    return [found[start:end] for start, end in itertools.pairwise(ends)]
+    found: Array = torch.log_softmax(logits.float(), dim=-1).numpy()
+    return found
 
 
 def spread_positions(length: int, *, most: int) -> list[int]:

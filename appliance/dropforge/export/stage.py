@@ -204,7 +204,7 @@ class Stage:
             stop=end, judged=self.judged(),
         )  # fmt: skip
         checks = {**asdict(report), **verified.checks, "repairs": repairs}
-        towers = compare_towers(folder, base=self.base.folder)
+        towers = compare_towers(folder, base=self.base.folder, adapter=request.adapter)
         if towers is not None:
             checks["tensors_for_pictures_unchanged"] = towers
         return Merged(

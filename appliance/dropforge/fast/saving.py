@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dropforge.errors import CommandError, ExportError, Problem
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.base_license import license_of
+from dropforge.export.precheck import with_projector
 from dropforge.export.user_imatrix import check_imatrix
 from dropforge.export_kinds import check_export, normalise_exports
 from dropforge.fast.extras import SAVING_LOCALLY, check_extras
@@ -151,6 +152,7 @@ def exported(
         adapter, full = _save_trained(model, scratch, base=state.source.id)
         _tokenizer(model, given).save_pretrained(scratch / "tokenizer")
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
+        kinds = with_projector(kinds, base=state.source.path)
         request = ExportRequest(
             base_path=state.source.path, tokenizer=scratch / "tokenizer", result=ResultFolder(scratch / "result"),
             work=scratch / "work", kinds=kinds, name=name, slug=slug, model_id=state.source.id,

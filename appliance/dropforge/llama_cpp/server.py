@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,19 +31,20 @@ class LlamaServer:
     """Context manager around one llama-server process.
 
     `exact=True` keeps the KV cache in f32 and turns flash attention off, so that differences to another runtime come
-    from the file alone. `lora` is a GGUF adapter that is applied at run time. Raises ExportError (gguf-load) when a
-    file does not load.
+    from the file alone. `lora` is a GGUF adapter that is applied at run time, `projector` the GGUF of the part that
+    reads pictures. Raises ExportError (gguf-load) when a file does not load.
     """
 
     def __init__(
         self, model: Path, *, tools: LlamaCpp | None = None, context: int = 4096, exact: bool = False,
-        threads: int | None = None, lora: Path | None = None,
+        threads: int | None = None, lora: Path | None = None, projector: Path | None = None,
     ) -> None:  # fmt: skip
         self.model = model.absolute()
         self._tools = tools or find_llama_cpp()
         self._context = context
         self._exact = exact
         self._lora = lora.absolute() if lora else None
+        self._projector = projector.absolute() if projector else None
         self._threads = threads or _threads_for(model)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -88,6 +91,8 @@ class LlamaServer:
             command += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--no-repack"]
         if self._lora is not None:
             command += ["--lora", str(self._lora)]
+        if self._projector is not None:
+            command += ["--mmproj", str(self._projector)]
         with (folder / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
@@ -163,19 +168,70 @@ class LlamaServer:
             "cache_prompt": True, "post_sampling_probs": False, "logit_bias": [[plain_token, 1e6]],
         }  # fmt: skip
         steps = self._request("POST", "/completion", body)["completion_probabilities"]
-        found = {item["id"]: item["logprob"] for item in steps[0]["top_logprobs"]}
-        return {
-            token: float("nan") if value is None else value
-            for token, value in found.items()
-            if value is None or value > -200
-        }
+        return _listed(steps[0])
 
-    def chat(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
-        """The assistant's answer, rendered with the chat template inside the file."""
+    def look(
+        self, picture: bytes, *, before: str, after: str, max_tokens: int, listed: int, plain_token: int | None = None
+    ) -> Sight:
+        """Read `before`, the picture (a PNG or JPEG file) and `after`, and go on greedily.
+
+        `plain_token` as for next_logprobs: the first token is then always reported.
+        """
+        marker = self.properties()["media_marker"]
+        prompt = {
+            "prompt_string": f"{before}{marker}{after}", "multimodal_data": [base64.b64encode(picture).decode("ascii")],
+        }  # fmt: skip
+        body = {
+            "prompt": prompt, "n_predict": max_tokens, "n_probs": listed, "temperature": 0.0,
+            "samplers": ["temperature"], "cache_prompt": True, "post_sampling_probs": False, "return_tokens": True,
+            "logit_bias": [] if plain_token is None else [[plain_token, 1e6]],
+        }  # fmt: skip
+        reply = self._request("POST", "/completion", body)
+        tokens, steps = reply["tokens"], []
+        for token, step in zip(tokens, reply["completion_probabilities"], strict=False):
+            if step["id"] != token:
+                break  # half a character: nothing is reported before its other half
+            steps.append(_listed(step))
+        return Sight(read=reply["tokens_evaluated"], tokens=tokens, steps=steps)
+
+    def chat(self, messages: list[dict[str, Any]], *, max_tokens: int, temperature: float = 0.0) -> str:
+        """The assistant's answer, rendered with the chat template inside the file.
+
+        A turn's content is its text, or a list of parts as the OpenAI interface has them (see picture_part).
+        """
         body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         reply = self._request("POST", "/v1/chat/completions", body)
         content: str = reply["choices"][0]["message"]["content"] or ""
         return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What the runtime made of a text with a picture in it."""
+
+    read: int
+    """Tokens and pieces of the picture that were read."""
+    tokens: list[int]
+    """The greedy continuation."""
+    steps: list[dict[int, float]]
+    """Natural log-probabilities of the likeliest tokens at the first of its steps."""
+
+
+def picture_part(picture: bytes) -> dict[str, Any]:
+    """A PNG or JPEG file as a part of a turn's content."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    text = base64.b64encode(picture).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
+
+
+def _listed(step: dict[str, Any]) -> dict[int, float]:
+    """Token -> log-probability; NaN where the runtime has none. Values below e^-103 are left out (float32)."""
+    found = {item["id"]: item["logprob"] for item in step["top_logprobs"]}
+    return {
+        token: float("nan") if value is None else value
+        for token, value in found.items()
+        if value is None or value > -200
+    }
 
 
 def usable_threads() -> int:
