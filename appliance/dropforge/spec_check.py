@@ -13,7 +13,8 @@ import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
+from textwrap import indent
 from typing import Any
 
 from dropforge.errors import EnvironmentFault, Problem, SpecError
@@ -68,14 +69,30 @@ def _unknown_builtin(spec: Spec) -> list[Problem]:
 
 def to_yaml(spec: Spec) -> str:
     """The spec as YAML 1.2 that `parse` reads back to an equal spec."""
+    # JSON first: tuples and enums become what YAML knows.
+    return _block(json.loads(spec.model_dump_json()))
+
+
+def _block(mapping: dict[str, Any]) -> str:
+    """A block mapping, entry by entry: nearly all are defaults, and the same ones in the next spec."""
+    return "".join(
+        f"{key}:\n{indent(_block(value), '  ')}"
+        if isinstance(value, dict) and value and key.isidentifier()
+        else _entry(json.dumps({key: value}))
+        for key, value in mapping.items()
+    )
+
+
+@lru_cache(maxsize=1024)
+def _entry(mapping: str) -> str:
+    """A mapping of one key, given as JSON. Strings that look like numbers are quoted by the emitter."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
-    # JSON first: tuples and enums become what YAML knows. Strings that look like numbers are quoted by the emitter.
-    yaml.dump(json.loads(spec.model_dump_json()), stream)
+    yaml.dump(json.loads(mapping), stream)
     return stream.getvalue()
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from daemon_harness import FAKE_RUNNER, Harness, drop, places, spec_text, ticket
+from daemon_harness import FAKE_RUNNER, FAST, Harness, drop, places, spec_text, ticket
 from dropforge import spec_check
-from dropforge.daemon import reception, spec_batch
+from dropforge.daemon import loop, reception, spec_batch
 from dropforge.daemon.loop import FAULT_SECONDS, PAGE_SECONDS, Daemon, DaemonOptions
 from dropforge.daemon.query import list_jobs
 from dropforge.daemon.queue import TicketBook, put
 from dropforge.daemon.spec_batch import SpecChecker, check_batch
-from dropforge.daemon.watcher import SettleTracker, look
+from dropforge.daemon.watcher import Look, SettleTracker, look
 from dropforge.errors import SpecError
 from dropforge.paths import DataRoot
-from dropforge.spec_check import CheckedSpec, check_in_child
+from dropforge.spec_check import CheckedSpec, check_in_child, to_yaml
 from dropforge.states import State
 
 GOOD = spec_text().encode()
@@ -111,7 +112,7 @@ def test_verdicts_made_ahead_are_used_and_others_are_made_when_asked(children: l
 def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_with(
     root: DataRoot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reception, "FILES_PER_LOOK", 20)
+    monkeypatch.setattr(reception, "FILES_PER_ROUND", 20)
     for number in range(60):
         drop(root, f"{number:03}.yaml", bad_text(number))
     drop(root, "zz-good.yaml", spec_text("good"))
@@ -127,6 +128,65 @@ def test_the_good_one_among_many_bad_ones_starts_before_the_bad_ones_are_dealt_w
             now += 0.1
             daemon.tick(now)
         assert list(root.inbox.glob("*.yaml")) == []
+
+
+def test_the_first_job_starts_before_the_rest_of_the_flood_is_taken(root: DataRoot) -> None:
+    """And the first child's files are taken whole, so that the most urgent of a few is still the first to start."""
+    for number in range(200):
+        extra = "resources: {priority: 90}\n" if number == 30 else ""
+        drop(root, f"{number:03}.yaml", spec_text(f"good-{number} delay-1000", extra=extra))
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: 0.0) as daemon:
+        daemon.tick(0.0)
+        daemon.tick(0.1)
+        found = places(root)
+        assert (len(found["queue"]), len(found["running"])) == (49, 1)
+        assert "good-30" in found["running"][0]
+        daemon.tick(0.2)
+        assert len(places(root)["queue"]) > 150
+
+
+def test_a_file_is_taken_when_it_has_settled_not_at_the_next_poll(root: DataRoot) -> None:
+    drop(root, "a.yaml")
+    began = time.monotonic()
+    options = DaemonOptions(poll_seconds=60.0, settle_seconds=0.5, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER) as daemon:
+        daemon.run(until=lambda: bool(places(root)) or time.monotonic() - began > 50)
+    assert time.monotonic() - began < 30
+
+
+def test_a_flood_is_not_listed_again_for_every_few_files(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look takes 0.3 s here, and each round one file."""
+    now, looks = [0.0], []
+
+    def slow_look(data_root: DataRoot) -> Look:
+        looks.append(now[0])
+        now[0] += 0.3
+        return look(data_root)
+
+    monkeypatch.setattr(reception, "look", slow_look)
+    monkeypatch.setattr(reception, "FILES_PER_ROUND", 1)
+    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: [
+        spec_check.answer(raw, filename=name) for raw, name in specs
+    ])  # fmt: skip
+    for number in range(30):
+        drop(root, f"{number:03}.yaml", spec_text(f"good-{number}"))
+    options = DaemonOptions(poll_seconds=0.1, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: now[0]) as daemon:
+        for _ in range(30):
+            now[0] += 0.2
+            daemon.tick(now[0])
+        assert sum(map(len, places(root).values())) >= 25
+    assert len(looks) <= 5, looks
+
+
+def test_the_next_spec_of_a_flood_is_written_out_cheaply() -> None:
+    """Every default is written as before; writing all of them anew would be most of what a flood costs."""
+    to_yaml(check_in_child(GOOD, filename="a.yaml").resolved)
+    before = spec_check._entry.cache_info().misses
+    other = spec_text("one more", extra="train: {learning_rate: 1.25e-5}\n")
+    assert "learning_rate: 1.25e-05" in to_yaml(spec_check.check(other.encode(), filename="a.yaml").resolved)
+    assert spec_check._entry.cache_info().misses - before == 2
 
 
 def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +208,45 @@ def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monk
             daemon.tick(now[0])
         assert asked == [50, 50, 40]
         assert len(list(root.rejected.iterdir())) > 100
+
+
+def test_a_round_ends_although_all_files_are_bad(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child for every few seconds of it would hold up the heartbeat, which is stale after 15 s."""
+    now = [0.0]
+
+    def slow(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+        now[0] += 1.5
+        return [spec_check.answer(raw, filename=name) for raw, name in specs]
+
+    monkeypatch.setattr(spec_batch, "_ask_child", slow)
+    monkeypatch.setattr(reception, "CHECKED_AT_ONCE", 50)
+    for number in range(600):
+        drop(root, f"{number:03}.yaml", bad_text(number))
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: now[0]) as daemon:
+        daemon.tick(0.0)
+        now[0] = began = 1.0
+        daemon.tick(1.0)
+        assert now[0] - began < 5
+
+
+def test_a_long_queue_is_not_sorted_again_while_no_slot_is_free(
+    root: DataRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        drop(root, f"{number}.yaml", spec_text(f"job-{number} steps-1 delay-300"))
+    sorted_at: list[int] = []
+    real = loop.schedule
+    monkeypatch.setattr(
+        loop, "schedule", lambda queued, **facts: sorted_at.append(len(queued)) or real(queued, **facts)
+    )
+    with Harness(root, options=replace(FAST, poll_seconds=1000.0)) as harness:
+        harness.tick(1000.0, times=2)
+        assert places(root).keys() == {"queue", "running"}
+        before = len(sorted_at)
+        harness.tick(0.001, times=5)
+        assert len(sorted_at) == before
+        harness.until(lambda: len(places(root).get("done", [])) == 3)  # a slot that becomes free is filled at once
 
 
 def test_a_look_at_10_000_files_is_fast(root: DataRoot) -> None:

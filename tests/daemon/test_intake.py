@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
 
 import pytest
 from daemon_harness import drop, places, spec_text
+from dropforge.daemon import intake, sequence
+from dropforge.daemon import rejection as rejection_module
 from dropforge.daemon.crash_points import ignore
 from dropforge.daemon.intake import Intake
 from dropforge.daemon.queue import TicketBook, all_tickets, read, ticket_path
@@ -63,6 +66,90 @@ def test_a_good_file_becomes_exactly_one_ticket(root: DataRoot, desk: Desk) -> N
     assert read_json(run.status)["state"] == State.QUEUED
     assert list(root.inbox.glob("*.yaml")) == []
     assert desk.look(6.0) == []
+
+
+@pytest.mark.parametrize("text", [spec_text(), spec_text(extra="nonsense: 1\n")], ids=["good", "bad"])
+def test_a_file_that_is_written_again_after_it_settled_settles_again(root: DataRoot, desk: Desk, text: str) -> None:
+    """A copy over it has begun between the look and the taking, which a flood holds up: half of it may be a good spec."""
+    path = drop(root, "a.yaml", text)
+    desk.look(0.0)
+    (ready,) = desk.tracker.update(look(root), now=5.0)
+    path.write_text(spec_text("other"))
+    assert desk.intake.take(ready, now=5.0) is None
+    assert path.exists() and places(root) == {} and not any(root.rejected.iterdir())
+    assert desk.look(6.0) == [], "it was seen for the first time"
+    (job_id,) = desk.look(11.0)
+    assert "other" in job_id
+
+
+def test_a_refused_file_that_is_mended_before_it_is_moved_becomes_a_job(root: DataRoot, desk: Desk) -> None:
+    path = drop(root, "a.yaml", spec_text(extra="nonsense: 1\n"))
+    desk.look(0.0)
+    (ready,) = desk.tracker.update(look(root), now=5.0)
+    desk.intake.consider(ready, now=5.0)
+    assert desk.intake.is_refused(ready)
+    path.write_text(spec_text("mended"))
+    desk.intake.reject(ready)
+    assert path.exists() and not any(root.rejected.iterdir())
+    desk.look(6.0)
+    assert len(desk.look(11.0)) == 1
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_a_disk_that_is_full_when_the_ticket_is_written_gives_the_file_back(
+    root: DataRoot, desk: Desk, monkeypatch: pytest.MonkeyPatch, as_folder: bool
+) -> None:
+    """The file has left the inbox by then; it must not wait in queue/ for the next start of the daemon."""
+    name = "a.job" if as_folder else "a.yaml"
+    (root.inbox / "a.job").mkdir() if as_folder else None
+    path = drop(root, "a.job/job.yaml" if as_folder else name)
+    raw, real = path.read_bytes(), intake.put
+    desk.look(0.0)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(intake, "put", full)
+    with pytest.raises(OSError, match="No space"):
+        desk.look(5.0)
+    assert path.read_bytes() == raw
+    assert [*(root.path / "queue").iterdir(), *(root.path / "runs").iterdir()] == []
+    monkeypatch.setattr(intake, "put", real)
+    assert len(desk.look(6.0)) == 1
+
+
+def test_a_disk_that_is_full_during_a_rejection_leaves_no_half_of_it(
+    root: DataRoot, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = drop(root, "a.yaml", spec_text(extra="nonsense: 1\n")), rejection_module.rename
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    desk.look(0.0)
+    monkeypatch.setattr(rejection_module, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        desk.look(5.0)
+    assert path.exists() and not any(root.rejected.iterdir())
+    monkeypatch.setattr(rejection_module, "rename", real)
+    desk.look(6.0)
+    assert rejection(root)[0].name.startswith("000002-")
+
+
+def test_numbers_go_up_and_are_never_given_twice_whatever_is_lost(root: DataRoot) -> None:
+    first = sequence.Sequence(root)
+    first.expect(5)
+    assert [first.take() for _ in range(3)] == [1, 2, 3]
+    second = sequence.Sequence(root)  # the daemon was killed
+    assert second.take() == 6, "what was persisted is not given again"
+    (root.state / "sequence").unlink()
+    assert second.take() == 1, "nothing is in use"
+    (root.path / "runs" / "000041-x-00000000").mkdir()
+    (root.state / "sequence").write_text("damaged")
+    assert sequence.Sequence(root).take() == 42
+    first.expect(10_000)
+    assert [first.take() for _ in range(3)] == [4, 5, 43], "its own first, then after what others took"
+    assert int((root.state / "sequence").read_text()) == 42 + sequence.AT_ONCE
 
 
 def test_a_half_copied_file_waits_and_is_then_rejected(root: DataRoot, desk: Desk) -> None:

@@ -363,7 +363,7 @@ def test_a_data_root_that_is_full_keeps_the_file_and_goes_on_later(harness: Harn
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(intake_module, "write_json", full)
+        patch.setattr(intake_module, "fill_new_folder", full)
         path = drop(harness.root, "a.yaml")
         harness.tick(times=5)
         assert path.exists()

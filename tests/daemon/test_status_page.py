@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from daemon_harness import Harness, drop, spec_text, ticket
+from dropforge.daemon import query
 from dropforge.daemon.query import JobView
+from dropforge.daemon.queue import put
 from dropforge.daemon.scheduler import Waiting
-from dropforge.daemon.status_page import QUEUE_LISTED, InboxEntry, Page, as_json, as_markdown
+from dropforge.daemon.status_page import QUEUE_LISTED, InboxEntry, Page, as_json, as_markdown, write_pages
 from dropforge.files import read_json
+from dropforge.paths import DataRoot
 from dropforge.states import State
 
 
@@ -48,6 +52,32 @@ def test_a_long_queue_is_cut_and_counted() -> None:
     assert (len(value["queued"]), value["queued_more"]) == (QUEUE_LISTED, 5)
     assert "and 985 more" in as_markdown(page(waiting=waiting))
     json.dumps(value, allow_nan=False)
+
+
+def test_a_full_inbox_is_cut_and_counted(harness: Harness) -> None:
+    inbox = [InboxEntry(file=f"{number}.yaml", stage="settling") for number in range(30)]
+    assert "and 10 more" in as_markdown(page(inbox=inbox))
+    assert "and 15 more" in as_markdown(page(inbox=inbox, inbox_more=5))
+    for number in range(QUEUE_LISTED + 5):
+        (harness.root.inbox / f"{number:05}.yaml").touch()
+    harness.tick()
+    value = read_json(harness.root.queue_json)
+    assert (len(value["inbox"]), value["inbox_more"]) == (QUEUE_LISTED, 5)
+    assert value["inbox"][0]["file"] == "00000.yaml"
+
+
+def test_a_long_queue_is_not_read_from_the_disk_for_it(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 6):
+        put(root, "queue", ticket(number))
+    put(root, "held", ticket(6))
+    opened: list[str] = []
+    real = query.read
+    monkeypatch.setattr(query, "read", lambda path: opened.append(path.parent.name) or real(path))
+    waiting = [(ticket(number), Waiting(kind="slot", text="x")) for number in range(1, 6)]
+    write_pages(root, daemon="running", problems=(), inbox=(), inbox_more=0, waiting=waiting)
+    assert opened == ["held"]
+    value = read_json(root.queue_json)
+    assert (len(value["queued"]), len(value["held"])) == (5, 1)
 
 
 def test_the_files_follow_the_daemon(harness: Harness) -> None:

@@ -20,6 +20,19 @@ def test_a_file_is_ready_after_two_looks_far_enough_apart(root: DataRoot) -> Non
     assert names(tracker, root, 105.0) == ["a.yaml"]
 
 
+def test_it_says_when_the_next_one_will_have_settled(root: DataRoot) -> None:
+    tracker = SettleTracker(root, settle_seconds=5)
+    drop(root, "a.yaml")
+    names(tracker, root, 100.0)
+    drop(root, "b.yaml")
+    names(tracker, root, 103.0)
+    assert tracker.settles_at == 105.0
+    assert names(tracker, root, 105.0) == ["a.yaml"]
+    assert tracker.settles_at == 108.0
+    names(tracker, root, 108.0)
+    assert tracker.settles_at == float("inf")
+
+
 def test_one_look_is_never_enough_even_without_settling_time(root: DataRoot) -> None:
     tracker = SettleTracker(root, settle_seconds=0)
     drop(root, "a.yaml")

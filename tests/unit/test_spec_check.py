@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
+from dropforge import spec_check
 from dropforge.errors import SpecError
 from dropforge.spec_check import check, check_in_child, to_yaml
 from dropforge.spec_defaults import resolve
+from dropforge.spec_file import parse
+from hypothesis import given
+from hypothesis import strategies as st
 
 MINIMAL = "version: 1\nname: n\nmodel: builtin:tiny-llama\ndata: t.jsonl\nexport: [merged]\n"
 FULL = """version: 1
@@ -103,6 +107,18 @@ def test_batch_numbers_always_agree(batch, expected):
 def test_the_resolved_yaml_reads_back_equal():
     spec = read(FULL).resolved
     assert check(to_yaml(spec).encode(), filename="spec.resolved.yaml").spec == spec
+
+
+TEXT = st.text(alphabet=" \n\t#:-,&*!|>%@`'\"{}[]1e5no~ß\\", min_size=1)
+
+
+@given(value=st.recursive(TEXT | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT | st.just("key"), inner, max_size=3),
+                          max_leaves=8))  # fmt: skip
+def test_any_value_survives_the_yaml(value):
+    """Written entry by entry, at any depth."""
+    text = spec_check._block({"key": {"deeper": value, "and": value}})
+    assert parse(text.encode(), filename="a.yaml").value == {"key": {"deeper": value, "and": value}}
 
 
 def test_strings_that_look_like_other_types_survive_the_yaml():

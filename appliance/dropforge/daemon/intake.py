@@ -5,7 +5,7 @@ Order of a claim (each line durable before the next; a crash at any point is com
     runs/<id>/  spec.orig, spec.resolved.yaml, ticket.json
     rename the dropped file to queue/<id>.json  (a folder: to runs/<id>/data)       <- the commit
     read it again: the same bytes, or it goes back to the inbox
-    replace queue/<id>.json by the ticket
+    replace queue/<id>.json by the ticket           (which makes the rename of a file durable as well)
     status.json says queued
 """
 
@@ -22,13 +22,13 @@ from dropforge.daemon.candidate import Candidate, read_candidate, read_regular, 
 from dropforge.daemon.crash_points import CrashHook
 from dropforge.daemon.folder_sync import FolderSync
 from dropforge.daemon.names import JOB_FOLDER_SUFFIX, is_ignored, is_spec_file, printable, slug
-from dropforge.daemon.queue import Ticket, TicketBook, put, rename, ticket_path
+from dropforge.daemon.queue import Ticket, TicketBook, put, read, rename, rename_lightly, ticket_path
 from dropforge.daemon.rejection import reject
 from dropforge.daemon.spec_batch import CheckSpec, SpecChecker
 from dropforge.daemon.watcher import Fingerprint, Ready, clear_mark, fingerprint
 from dropforge.errors import DataError, DropforgeError, InputError, Reason, SpecError
 from dropforge.events import RunLog, utc_now
-from dropforge.files import fsync_file, fsync_folder, read_json, sha256_bytes, write_bytes, write_json, write_text
+from dropforge.files import as_json, fill_new_folder, fsync_file, fsync_folder, read_json, sha256_bytes
 from dropforge.locate import data_locator
 from dropforge.paths import DataRoot, RunFolder
 from dropforge.spec import SourceSpec, Spec
@@ -67,6 +67,7 @@ class Intake:
         self._unfinished: dict[str, tuple[Ready, Unfinished]] = {}
         self._refused: dict[str, tuple[Ready, InputError]] = {}
         self._durable = FolderSync()
+        self._sequence = sequence.Sequence(root)
 
     @property
     def unfinished(self) -> list[Unfinished]:
@@ -95,6 +96,7 @@ class Intake:
             except (OSError, InputError):
                 continue  # `consider` will meet the same and say so
         self._checker.ahead(specs)
+        self._sequence.expect(len(entries))
 
     def waits(self, ready: Ready, *, now: float) -> bool:
         """True for an entry that was considered as it is now, and found unfinished or to be rejected."""
@@ -119,6 +121,8 @@ class Intake:
         candidate = None
         try:
             candidate = read_candidate(path)
+            if not candidate.is_folder and fingerprint(path) != ready.fingerprint:
+                return None  # written to since it settled, so it settles again (a folder is compared after the claim)
             checked = self._checker.check(candidate.raw, filename=candidate.shown_name)
             self._refuse_missing_data(checked.spec, candidate)
             self._refuse_duplicate(candidate, checked.spec)
@@ -142,9 +146,15 @@ class Intake:
         self._refused[ready.name] = (ready, error)
 
     def reject(self, ready: Ready) -> None:
-        """Move a refused entry to rejected/. Raises OSError as `consider` does; FileNotFoundError when it is gone."""
+        """Move a refused entry to rejected/, unless it has changed since: then it settles and is considered again.
+
+        Raises OSError as `consider` does.
+        """
         _, error = self._refused[ready.name]
-        number = sequence.take(self._root)
+        if fingerprint(self._root.inbox / ready.name) != ready.fingerprint:
+            del self._refused[ready.name]
+            return
+        number = self._sequence.take()
         digest = sha256_bytes(os.fsencode(ready.name))
         job_id = sequence.job_id(number, slug=slug(ready.name), digest=digest)
         reject(self._root, ready.name, error, job_id=job_id, crash=self._crash)
@@ -173,7 +183,7 @@ class Intake:
             )  # fmt: skip
 
     def _claim(self, candidate: Candidate, checked: CheckedSpec, ready: Ready) -> str | None:
-        number = sequence.take(self._root)
+        number = self._sequence.take()
         self._crash("intake.sequence-taken")
         spec = checked.spec
         ticket = Ticket(
@@ -196,10 +206,16 @@ class Intake:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         self._crash("intake.claimed")
-        if not unchanged(self._root, ticket, run):
-            give_back(self._root, ticket, run)
-            return None
-        put(self._root, "queue", ticket)
+        try:
+            if not unchanged(self._root, ticket, run):
+                give_back(self._root, ticket, run)
+                return None
+            put(self._root, "queue", ticket)
+            fsync_folder(self._root.inbox)
+        except OSError:
+            if read(ticket_path(self._root, "queue", ticket.id)) is None:
+                give_back(self._root, ticket, run)  # a full disk: it is tried again from the start
+            raise
         self._crash("intake.ticket-written")
         announce(run, ticket)
         clear_mark(self._root, ready.name)
@@ -213,10 +229,12 @@ def _make_run_folder(
 ) -> None:
     run.path.mkdir()
     (run.path / "attempts").mkdir()
-    write_bytes(run.spec_original, candidate.raw)
-    write_text(run.spec_resolved, to_yaml(checked.resolved))
-    write_json(run.path / TICKET_COPY, {"ticket": ticket.as_json(), "folder": candidate.is_folder,
-                                        "suffix": candidate.suffix, "fingerprint": settled.token})  # fmt: skip
+    copy = {"ticket": ticket.as_json(), "folder": candidate.is_folder, "suffix": candidate.suffix,
+            "fingerprint": settled.token}  # fmt: skip
+    fill_new_folder(run.path, {
+        run.spec_original.name: candidate.raw, run.spec_resolved.name: to_yaml(checked.resolved).encode("utf-8"),
+        TICKET_COPY: as_json(copy),
+    })  # fmt: skip
     fsync_folder(run.path.parent)
 
 
@@ -230,9 +248,11 @@ def ticket_copy(run: RunFolder) -> Ticket | None:
 
 
 def commit(root: DataRoot, dropped: Path, ticket: Ticket, *, is_folder: bool) -> None:
-    """The rename that makes the dropped file ours."""
-    target = root.run(ticket.id).job_data if is_folder else ticket_path(root, "queue", ticket.id)
-    rename(dropped, target)
+    """The rename that makes the dropped file ours; for a file the ticket that replaces it makes it durable."""
+    if is_folder:
+        rename(dropped, root.run(ticket.id).job_data)
+    else:
+        rename_lightly(dropped, ticket_path(root, "queue", ticket.id))
 
 
 def unchanged(root: DataRoot, ticket: Ticket, run: RunFolder) -> bool:

@@ -45,7 +45,7 @@ from dropforge.daemon.scheduler import Ages, Schedule, Waiting, schedule
 from dropforge.daemon.signals import on_stop_signals, status_after
 from dropforge.daemon.singleton import HEARTBEAT_SECONDS, Singleton, write_heartbeat
 from dropforge.daemon.stalls import StallWatch
-from dropforge.daemon.status_page import write_pages
+from dropforge.daemon.status_page import QUEUE_LISTED, write_pages
 from dropforge.daemon.transitions import Transitions, open_log
 from dropforge.daemon.worker import RUNNER_COMMAND, Ended, Worker
 from dropforge.errors import Reason
@@ -121,7 +121,7 @@ class Daemon:
         self._orders = Orders(root, self._book, self._transitions, self._worker, crash=crash)
         intake = Intake(root, self._book, check=check, crash=crash)
         self._reception = Reception(root, intake, self._faults, self._hints, settle_seconds=options.settle_seconds,
-                                    clock=clock,
+                                    poll_seconds=options.poll_seconds, clock=clock,
                                     only_file=options.only_file)  # fmt: skip
         self._guards = Guards(root, self._worker, stalls=StallWatch(floor=options.stall_seconds),
                               memory=MemoryWatch(floor=options.memory_floor))  # fmt: skip
@@ -139,6 +139,7 @@ class Daemon:
         self._stop = threading.Event()
         self._kill = self._flood = False
         self._next_look = self._next_page = self._next_beat = float("-inf")
+        self._settles_at = float("inf")
 
     def __enter__(self) -> Daemon:
         with ExitStack() as undo:
@@ -195,7 +196,8 @@ class Daemon:
         """One round at monotonic time `now`."""
         now = self._clock() if now is None else now
         self._collect(now)
-        if now >= self._next_look:
+        looks = now >= self._next_look
+        if looks:
             self._next_look = now + self.options.poll_seconds
             self._faults.expire(now)
             self._faults.guard("the disk", self._disk.look, now=now)
@@ -206,7 +208,9 @@ class Daemon:
             self._faults.guard("stalls", lambda: self._guards.look_for_stalls(now), now=now)
         self._faults.guard("memory", lambda: self._guards.look_at_memory(now), now=now)
         self._faults.guard("time limits", lambda: self._guards.enforce_time_limits(now), now=now)
-        self._start_jobs(now)
+        # Sorting 10,000 queued jobs ten times a second would take from the running one.
+        if looks or self._has_free_slot():
+            self._start_jobs(now)
         if not self._guards.memory.low:
             self._faults.guard("the warm runner", self._worker.keep_warm, now=now)
         if now >= self._next_page:
@@ -217,15 +221,22 @@ class Daemon:
             self._faults.guard("state/daemon.json", lambda: self._beat(self._mode()), now=now)
 
     def _receive(self, now: float) -> None:
-        self._flood = self._reception.receive(now=now)
-        if self._flood:
-            self._next_look = now  # go on in the next round
+        idle = not self._book.tickets("queue") and self._has_free_slot()
+        self._flood, self._settles_at = False, float("inf")
+        self._flood = self._reception.receive(now=now, idle=idle)
+        self._settles_at = self._reception.settles_at
+        # A flood goes on in the next round, and a file is taken as soon as it has settled.
+        self._next_look = now if self._flood else min(self._next_look, self._settles_at)
+
+    def _has_free_slot(self) -> bool:
+        return len(self._worker.busy_slots) < max(1, len(self.options.gpus))
 
     def _patience(self) -> float:
         """Seconds until the next round."""
         if self._flood:
             return 0.0
-        return BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds
+        wait = BUSY_WAIT_SECONDS if self._worker.running else self.options.poll_seconds
+        return max(0.0, min(wait, self._settles_at - self._clock()))
 
     def _collect(self, now: float) -> None:
         """Give every ended runner's job its next state; one whose state cannot be written now is tried again."""
@@ -345,14 +356,15 @@ class Daemon:
     def _write_pages(self, mode: str) -> None:
         if self._metrics.on:
             self._metrics.page = as_text(self._numbers())
-        write_pages(self.root, daemon=mode, problems=self._faults.messages, inbox=self._reception.entries,
-                    waiting=self._schedule.waiting)  # fmt: skip
+        inbox = self._reception.entries(QUEUE_LISTED)
+        write_pages(self.root, daemon=mode, problems=self._faults.messages, inbox=inbox,
+                    inbox_more=self._reception.count - len(inbox), waiting=self._schedule.waiting)  # fmt: skip
 
     def _numbers(self) -> Numbers:
         running = [read_status(self.root.run(job.ticket.id)) for job in self._worker.running]
         return Numbers(
             jobs={folder: len(self._book.tickets(folder)) for folder in LIVE_FOLDERS}, ended=self._counts,
-            inbox=len(self._reception.entries), problems=len(self._faults.messages), disk_free=self._disk.free,
+            inbox=self._reception.count, problems=len(self._faults.messages), disk_free=self._disk.free,
             memory_available=available_bytes(), running=running,
         )  # fmt: skip
 

@@ -40,7 +40,8 @@ def slug(name: str) -> str:
 
 def printable(name: str, *, limit: int = 120) -> str:
     """A name that is safe in logs, Markdown and terminals: control, format and undecodable characters are escaped."""
-    shown = "".join(_safe(character) for character in name)
+    # Text that Python calls printable holds nothing that `_safe` escapes, and nearly all names are.
+    shown = name if name.isprintable() else "".join(_safe(character) for character in name)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

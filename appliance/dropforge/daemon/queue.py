@@ -130,6 +130,13 @@ def move(root: DataRoot, job_id: str, *, source: str, state: State) -> str:
 
 def rename(source: Path, target: Path) -> None:
     """One atomic, durable rename inside the data root."""
+    rename_lightly(source, target)
+    fsync_folder(target.parent)
+    fsync_folder(source.parent)
+
+
+def rename_lightly(source: Path, target: Path) -> None:
+    """As `rename`, but durable only when the caller has synced both folders, the target's first."""
     try:
         source.rename(target)
     except OSError as error:
@@ -141,8 +148,6 @@ def rename(source: Path, target: Path) -> None:
             why="a job changes its state by a rename, which is atomic only inside one mount",
             fix="mount the whole data root as one volume instead of single folders of it",
         ) from error  # fmt: skip
-    fsync_folder(target.parent)
-    fsync_folder(source.parent)
 
 
 class TicketBook:

@@ -1,4 +1,4 @@
-"""The inbox end of the daemon: look, settle, take a bounded number per look, leave faulty ones for later."""
+"""The inbox end of the daemon: look, settle, take a bounded number per round, leave faulty ones for later."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 from dropforge.daemon.faults import Faults
 from dropforge.daemon.hints import Hints
@@ -20,7 +22,7 @@ from dropforge.paths import DataRoot
 
 log = logging.getLogger("dropforge.daemon")
 
-FILES_PER_LOOK = 200
+FILES_PER_ROUND = 200
 CHECKED_AT_ONCE = 500
 """Specs given to one child at most: starting it takes as long as checking some hundreds."""
 CHECKED_AT_LEAST = 50
@@ -28,8 +30,12 @@ CHECKED_FIRST = 50
 """The first child gets so many: a job can start soon, and a slow machine is not held up."""
 GROW_BELOW_SECONDS, SHRINK_ABOVE_SECONDS = 7.0, 10.0
 """How long one child may keep the daemon, whose heartbeat is stale after 15 s. Fewer, larger children are cheaper."""
-SECONDS_PER_LOOK = 2.0
-"""One look takes no more files after this time, so that a flood does not hold up running jobs."""
+SECONDS_PER_ROUND = 2.0
+"""One round takes no more files after this time, so that a flood does not hold up running jobs."""
+SECONDS_TO_THE_FIRST = 0.5
+"""The same while a job could start and none is there, and more came than a person drops."""
+LOOK_SHARE = 10
+"""During a flood the folder is looked at again after so many times as long as that takes."""
 
 
 class Reception:
@@ -43,6 +49,7 @@ class Reception:
         hints: Hints,
         *,
         settle_seconds: float,
+        poll_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         only_file: str = "",
     ) -> None:
@@ -54,12 +61,36 @@ class Reception:
         self._clock = clock
         self._only_file = only_file
         self._batch = CHECKED_FIRST
+        self._poll_seconds = poll_seconds
+        self._look_again = float("-inf")
+        self._fresh: deque[Ready] = deque()
+        """Finished at the last look, and not considered yet."""
+        self._refused: deque[Ready] = deque()
+        """Considered, and to be moved to rejected/."""
+        self._checked: frozenset[Ready] = frozenset()
+        """Their verdicts are there."""
 
-    def receive(self, *, now: float) -> bool:
-        """One look at the inbox at time `now`. True when there is more to take right away.
+    def receive(self, *, now: float, idle: bool = False) -> bool:
+        """Take some of what lies in the inbox at time `now`. True when there is more to take right away.
+
+        Looking at the folder costs as much as taking dozens of files, so during a flood it is done once in a while.
+        What has changed since the look is not taken: intake compares.
+
+        Args:
+            idle: a job could start and none is there: of a flood take no more than the first ones.
 
         Raises EnvironmentFault (inbox-read-only) when nothing could be claimed: then nothing is even tried.
         """
+        if now >= self._look_again or not (self._fresh or self._refused):
+            self._look(now)
+        seconds = SECONDS_TO_THE_FIRST if idle and len(self._fresh) > self._batch else SECONDS_PER_ROUND
+        deadline = self._clock() + seconds
+        # Good ones first: a rejection costs more disk writes than a check, and nobody waits for it.
+        return self._consider(now=now, seconds=seconds, idle=idle) or self._reject(now=now, deadline=deadline)
+
+    def _look(self, now: float) -> None:
+        began = self._clock()
+        self._fresh, self._refused = deque(), deque()
         seen = look(self._root)
         if not os.access(self._root.inbox, os.W_OK | os.X_OK):
             raise EnvironmentFault(
@@ -69,25 +100,31 @@ class Reception:
         complete = self._hints.take_complete(seen.entries)
         self._intake.forget_all_but(set(seen.entries))
         ready = [entry for entry in self._tracker.update(seen, now=now, complete=complete) if self._mine(entry.name)]
-        deadline = self._clock() + SECONDS_PER_LOOK
-        # Good ones first: a rejection costs more disk writes than a check, and nobody waits for it.
-        return self._consider(ready, now=now, deadline=deadline) or self._reject(ready, now=now, deadline=deadline)
+        self._fresh = deque(_mixed([entry for entry in ready if not self._intake.waits(entry, now=now)]))
+        self._refused = deque(entry for entry in ready if self._intake.is_refused(entry))
+        self._look_again = now + max(self._poll_seconds, LOOK_SHARE * (self._clock() - began))
 
-    def _consider(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
-        """Accept what is good, and remember what is not. True when some was left for the next look."""
-        fresh = _mixed([entry for entry in ready if not self._intake.waits(entry, now=now)])
-        accepted, checked = 0, 0
-        for number, entry in enumerate(fresh):
-            if accepted >= FILES_PER_LOOK or (number and self._clock() > deadline):
+    def _consider(self, *, now: float, seconds: float, idle: bool) -> bool:
+        """Accept what is good, and remember what is not. True when some was left for the next round."""
+        accepted = considered = 0
+        deadline = until = self._clock() + seconds
+        while self._fresh:
+            if accepted >= FILES_PER_ROUND or (considered and self._clock() > deadline):
                 return True
-            if number == checked:
-                checked += self._batch
-                self._check_ahead(fresh[number:checked])
-                # Verdicts are there now, however long a busy machine took for them: a look that gave them up again
-                # for the sake of time would take one file and pay for the next child.
-                deadline = max(deadline, self._clock() + SECONDS_PER_LOOK)
+            if self._fresh[0] not in self._checked:
+                if considered and ((idle and accepted) or self._clock() > until):
+                    return True
+                self._check_ahead(list(islice(self._fresh, self._batch)))
+                # Verdicts are there now, however long a busy machine took for them: a round that gave them up again
+                # for the sake of time would take one file and pay for the next child. There is no next one in this
+                # round after `until`: jobs end, control/ is obeyed and the heart beats between the rounds.
+                deadline = self._clock() + seconds
+            entry = self._fresh.popleft()
+            considered += 1
             # What cannot be taken now (no space, a fault of ours) stays in the inbox and is tried again later.
             self._faults.guard(entry.name, partial(self._take, entry, now=now), now=now)
+            if self._intake.is_refused(entry):
+                self._refused.append(entry)
             accepted += not self._intake.waits(entry, now=now)
         return False
 
@@ -95,17 +132,18 @@ class Reception:
         """One child for all of `entries`; how many the next one gets depends on how long this one took."""
         began = self._clock()
         self._intake.check_ahead(entries)
+        self._checked = frozenset(entries)
         took = self._clock() - began
         if took > SHRINK_ABOVE_SECONDS:
             self._batch = max(self._batch // 2, CHECKED_AT_LEAST)
         elif took < GROW_BELOW_SECONDS and len(entries) == self._batch:
             self._batch = min(self._batch * 2, CHECKED_AT_ONCE)
 
-    def _reject(self, ready: list[Ready], *, now: float, deadline: float) -> bool:
-        refused = [entry for entry in ready if self._intake.is_refused(entry)]
-        for number, entry in enumerate(refused):
-            if number >= FILES_PER_LOOK or (number and self._clock() > deadline):
+    def _reject(self, *, now: float, deadline: float) -> bool:
+        for number in range(len(self._refused)):
+            if number >= FILES_PER_ROUND or (number and self._clock() > deadline):
                 return True
+            entry = self._refused.popleft()
             self._faults.guard(entry.name, partial(self._intake.reject, entry), now=now)
         return False
 
@@ -118,15 +156,24 @@ class Reception:
             log.info("%s: accepted", job_id, extra={"action": "accepted"})
 
     @property
-    def entries(self) -> list[InboxEntry]:
-        """What lies in the inbox and is not a job yet, for people."""
+    def count(self) -> int:
+        """How many files lie in the inbox and are not jobs yet."""
+        return len(self._tracker.waiting)
+
+    @property
+    def settles_at(self) -> float:
+        """Monotonic time at which the next file will have settled."""
+        return self._tracker.settles_at
+
+    def entries(self, most: int) -> list[InboxEntry]:
+        """So many of the files in the inbox, for people."""
         unfinished = {item.name: item for item in self._intake.unfinished}
         return [
             InboxEntry(
                 file=printable(name), stage="unfinished",
                 message=f"waits for its missing part, then will be rejected: {unfinished[name].error.problems[0].what}",
             ) if name in unfinished else InboxEntry(file=printable(name), stage="settling")
-            for name in self._tracker.waiting
+            for name in sorted(self._tracker.waiting)[:most]
         ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dropforge.daemon.names import printable
 from dropforge.daemon.queue import rename
 from dropforge.errors import DropforgeError
 from dropforge.events import utc_now
-from dropforge.files import fsync_file, fsync_folder, read_json, write_json, write_text
+from dropforge.files import as_json, fill_new_folder, fsync_file, fsync_folder, read_json
 from dropforge.paths import DataRoot
 from dropforge.spec_file import MAX_BYTES
 
@@ -33,16 +33,22 @@ def reject(root: DataRoot, name: str, error: DropforgeError, *, job_id: str, cra
     folder = root.rejected / job_id
     # A file that carries the name of one of ours keeps it in a folder of its own.
     place = folder / _FILE_FOLDER / name if name in (*_OWN_FILES, _FILE_FOLDER) else folder / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ERROR_TEXT, _text(name, error, folder))
-    write_json(folder / ERROR_JSON, {
+    value = {
         "schema": 1, "id": job_id, "file": printable(name), "time": utc_now(), "state": "rejected",
         "reason": error.reason.value, "problems": [_printable(asdict(problem)) for problem in error.problems],
-    })  # fmt: skip
-    fsync_folder(root.rejected)
-    _make_durable(root.inbox / name)
-    crash("reject.folder-made")
-    rename(root.inbox / name, place)
+    }  # fmt: skip
+    place.parent.mkdir(parents=True)
+    try:
+        said = {ERROR_TEXT: _text(name, error, folder).encode("utf-8"), ERROR_JSON: as_json(value)}
+        fill_new_folder(folder, said)
+        fsync_folder(root.rejected)
+        _make_durable(root.inbox / name)
+        crash("reject.folder-made")
+        rename(root.inbox / name, place)
+    except BaseException:
+        if not os.path.lexists(place):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     crash("reject.moved")
     return folder
 

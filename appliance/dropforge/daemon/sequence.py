@@ -9,13 +9,30 @@ from dropforge.files import write_text
 from dropforge.paths import DataRoot
 
 DIGITS = 6
+AT_ONCE = 20
+"""So many numbers are persisted in one go at most."""
 
 
-def take(root: DataRoot) -> int:
-    """The next number. A lost or damaged state/sequence is rebuilt from the ids that exist."""
-    number = max(_stored(root), _highest_in_use(root) if _stored(root) == 0 else 0) + 1
-    write_text(root.state / "sequence", f"{number}\n")
-    return number
+class Sequence:
+    """Gives out the numbers. Of many files many are persisted at once; a restart skips those not given out yet."""
+
+    def __init__(self, root: DataRoot) -> None:
+        self._root = root
+        self._given = self._persisted = 0
+        self._at_once = 1
+
+    def expect(self, files: int) -> None:
+        """So many files are there."""
+        self._at_once = max(1, min(files, AT_ONCE))
+
+    def take(self) -> int:
+        """The next number. A lost or damaged state/sequence is rebuilt from the ids that exist."""
+        if self._given == self._persisted:
+            used = _stored(self._root) or _highest_in_use(self._root)
+            write_text(self._root.state / "sequence", f"{used + self._at_once}\n")
+            self._given, self._persisted = used, used + self._at_once
+        self._given += 1
+        return self._given
 
 
 def job_id(number: int, *, slug: str, digest: str) -> str:

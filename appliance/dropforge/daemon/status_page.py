@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,12 @@ from dropforge.daemon.query import JobView, list_jobs
 from dropforge.daemon.queue import Ticket
 from dropforge.daemon.scheduler import Waiting
 from dropforge.events import utc_now
-from dropforge.files import write_json, write_text
+from dropforge.files import write_text
 from dropforge.paths import DataRoot
 from dropforge.states import State
 
 QUEUE_LISTED = 1000
+"""So many queued jobs, and so many files of the inbox, stand in queue.json; the others are counted."""
 _AGE = "Written every few seconds. If that is long ago, Dropforge has ended without a word: ask `dropforge status`."
 ENDED_LISTED = 20
 
@@ -38,22 +40,20 @@ class Page:
     """running, paused, draining, stopping or stopped."""
     problems: Sequence[str]
     inbox: Sequence[InboxEntry]
+    inbox_more: int = 0
+    """So many others lie in the inbox."""
     waiting: Sequence[tuple[Ticket, Waiting]]
     jobs: Sequence[JobView]
     """Running, held and lately ended jobs."""
 
 
 def write_pages(
-    root: DataRoot, *, daemon: str, problems: Sequence[str], inbox: Sequence[InboxEntry],
+    root: DataRoot, *, daemon: str, problems: Sequence[str], inbox: Sequence[InboxEntry], inbox_more: int,
     waiting: Sequence[tuple[Ticket, Waiting]],
 ) -> None:  # fmt: skip
-    jobs = [
-        job
-        for job in list_jobs(root, ended=ENDED_LISTED, alive=True)
-        if job.state not in (State.QUEUED, State.INTERRUPTED)
-    ]
-    page = Page(daemon=daemon, problems=problems, inbox=inbox, waiting=waiting, jobs=jobs)
-    write_json(root.queue_json, as_json(page))
+    jobs = list_jobs(root, ended=ENDED_LISTED, alive=True, queued=False)
+    page = Page(daemon=daemon, problems=problems, inbox=inbox, inbox_more=inbox_more, waiting=waiting, jobs=jobs)
+    write_text(root.queue_json, _in_lines(as_json(page)))
     write_text(root.status_page, as_markdown(page))
 
 
@@ -65,7 +65,8 @@ def as_json(page: Page) -> dict[str, Any]:
         "updated": utc_now(),
         "daemon": page.daemon,
         "problems": list(page.problems),
-        "inbox": [{"file": e.file, "stage": e.stage, "message": e.message} for e in page.inbox[:QUEUE_LISTED]],
+        "inbox": [{"file": e.file, "stage": e.stage, "message": e.message} for e in page.inbox],
+        "inbox_more": page.inbox_more,
         "running": [_running(job) for job in page.jobs if not job.state.ended and job.state is not State.HELD],
         "queued": [
             {
@@ -82,6 +83,21 @@ def as_json(page: Page) -> dict[str, Any]:
         "held": [_short(job) for job in page.jobs if job.state is State.HELD],
         "ended": [_short(job) for job in reversed(page.jobs) if job.state.ended],
     }  # fmt: skip
+
+
+def _in_lines(value: dict[str, Any]) -> str:
+    """As JSON, a job or file a line: of thousands, indenting each field would take most of the daemon's time."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_list_in_lines(item)}" for key, item in value.items()) + "\n}\n"
+
+
+def _list_in_lines(item: Any) -> str:
+    if not isinstance(item, list) or not item:
+        return _line(item)
+    return "[\n" + ",\n".join(map(_line, item)) + "\n]"
+
+
+def _line(item: Any) -> str:
+    return json.dumps(item, ensure_ascii=False, allow_nan=False)
 
 
 def _running(job: JobView) -> dict[str, Any]:
@@ -105,18 +121,15 @@ def as_markdown(page: Page) -> str:
         )
     if page.waiting:
         listed = [(t.id, str(t.priority), w.text) for t, w in page.waiting[:ENDED_LISTED]]
-        more = len(page.waiting) - len(listed)
-        parts.append(
-            _table("Queue", ("job", "priority", "waits for"), listed) + (f"\n... and {more} more\n" if more else "")
-        )
+        parts.append(_table("Queue", ("job", "priority", "waits for"), listed) + _more(len(page.waiting) - len(listed)))
     held = [job for job in page.jobs if job.state is State.HELD]
     if held:
         parts.append(_table("Held: these need you", ("job", "reason", "message"),
                             [(j.id, j.reason or "", j.message) for j in held]))  # fmt: skip
     if page.inbox:
-        parts.append(
-            _table("Inbox", ("file", "", ""), [(e.file, e.stage, e.message) for e in page.inbox[:ENDED_LISTED]])
-        )
+        files = [(e.file, e.stage, e.message) for e in page.inbox[:ENDED_LISTED]]
+        more = _more(len(page.inbox) - len(files) + page.inbox_more)
+        parts.append(_table("Inbox", ("file", "", ""), files) + more)
     over = [(j.id, j.state.value, _outcome(j)) for j in reversed(page.jobs) if j.state.ended]
     if over:
         parts.append(_table("Lately ended", ("job", "state", ""), over))
@@ -129,6 +142,10 @@ def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
+
+
+def _more(number: int) -> str:
+    return f"\n... and {number} more\n" if number else ""
 
 
 def _cell(text: str) -> str:

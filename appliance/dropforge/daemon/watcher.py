@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,9 @@ class Fingerprint:
 def fingerprint(path: Path) -> Fingerprint | None:
     """None when the entry is gone. Links are not followed."""
     try:
-        parts = [_part("", path.lstat())]
-        if stat.S_ISDIR(path.lstat().st_mode):
+        info = path.lstat()
+        parts = [_part("", info)]
+        if stat.S_ISDIR(info.st_mode):
             parts += _inside(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -159,10 +160,12 @@ class SettleTracker:
         self._settle_seconds = settle_seconds
         self._seen: dict[str, tuple[Fingerprint, float, bool]] = {}
         self._staged: frozenset[Fingerprint] = frozenset()
+        self.settles_at = float("inf")
+        """Monotonic time at which the next entry will have settled, if nothing changes."""
 
     @property
-    def waiting(self) -> list[str]:
-        return sorted(self._seen)
+    def waiting(self) -> Collection[str]:
+        return self._seen.keys()
 
     def update(self, seen: Look, *, now: float, complete: frozenset[str] = frozenset()) -> list[Ready]:
         """Take one look into account; returns what is finished, oldest first (then by name).
@@ -172,6 +175,7 @@ class SettleTracker:
         for name in set(self._seen) - set(seen.entries):
             del self._seen[name]
         ready = []
+        self.settles_at = float("inf")
         marked = marked_names(self._root)
         for name, print_ in seen.entries.items():
             known = self._seen.get(name)
@@ -182,6 +186,8 @@ class SettleTracker:
             _, since, whole = known
             if whole or (now > since and now - since >= self._settle_seconds):
                 ready.append(Ready(name, print_, since, whole))
+            else:
+                self.settles_at = min(self.settles_at, since + self._settle_seconds)
         # An inode alone proves nothing (it is reused at once); size and time must be what they were in staging as well.
         self._staged = seen.staged
         return sorted(ready, key=lambda item: (item.unchanged_since, item.name))
