@@ -23,6 +23,10 @@ def is_projector(path: Path) -> bool:
 
 
 def finished_projector(folder: Path) -> Path | None:
-    """The projector in a folder of GGUF files; f16 before others."""
-    found = [path for path in folder.glob("*.gguf") if is_projector(path)]
+    """The projector in a folder of GGUF files."""
+    return preferred_projector([path for path in folder.glob("*.gguf") if is_projector(path)])
+
+
+def preferred_projector(found: list[Path]) -> Path | None:
+    """f16 before others; None without any."""
     return min(found, key=lambda path: (not path.name.endswith("-F16.gguf"), path.name), default=None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropforge import __version__
+from dropforge.gguf_names import preferred_projector
 from dropforge.spec import Spec
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def _exports(exports: tuple[ExportReport, ...]) -> list[str]:
         close = over_eval or report.checks.get("logits")
         if close:
             rows = "the evaluation split" if over_eval else "the probe prompts"
+            rows = "answers to pictures" if report.kind.startswith("mmproj") else rows
             numbers = f"| {close['mean_kl']:.5f} | {close['top1']:.1%} | {close['positions']} tokens of {rows} |"
         else:
             numbers = "| | | |"
@@ -115,13 +118,15 @@ def _exports(exports: tuple[ExportReport, ...]) -> list[str]:
 
 def _commands(exports: tuple[ExportReport, ...], *, base: str) -> list[str]:
     """One line per file that is there: how to run it, from inside this folder."""
+    projector = preferred_projector(
+        [Path(report.path) for report in exports if report.ok and report.kind.startswith("mmproj")]
+    )
     commands = {
         "adapter": f"vllm serve {base} --enable-lora --lora-modules mine={{path}}   # or PEFT in Python",
         "merged": "vllm serve {path}   # or transformers in Python",
         "merged_4bit": "vllm serve {path}   # or transformers with bitsandbytes",
         "fp8": "vllm serve {path}   # an Ada, Hopper or newer GPU",
-        "gguf": "llama-server -m {path}"
-        + "".join(f" --mmproj {report.path}" for report in exports if report.ok and report.kind.startswith("mmproj")),
+        "gguf": "llama-server -m {path}" + (f" --mmproj {projector}" if projector else ""),
         "lora_gguf": "llama-server -m BASE.gguf --lora {path}",
     }
     lines = []

@@ -224,3 +224,10 @@ def picture_bench(name: str, folder: Path, *, spec: Any = None, seed: int = SEED
     model.save_pretrained(bench.adapter)
     bench.result.path.mkdir()
     return bench
+
+
+def load(folder: Path) -> Any:
+    """The whole model in a folder, in its stored type."""
+    from dropforge.models.pictures import auto_class
+
+    return auto_class(folder).from_pretrained(folder)

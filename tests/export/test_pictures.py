@@ -16,7 +16,7 @@ from dropforge.models.pictures import auto_class, language_part
 from dropforge.paths import ResultFolder
 from dropforge.spec import AdapterSpec, ModelSpec
 from export_harness import change_tensor, copy
-from picture_models import picture_bench
+from picture_models import load, picture_bench
 
 TOWER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 
@@ -24,10 +24,6 @@ TOWER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     return picture_bench("gemma3", tmp_path_factory.mktemp("gemma3"))
-
-
-def load(base):
-    return auto_class(base).from_pretrained(base)
 
 
 def trained(model) -> set[str]:
@@ -165,3 +161,19 @@ def test_matrices_are_not_quantised(gemma, kind):
         precheck((kind,), base=gemma.base)
     assert error.value.problems[0].code == "export-quantize-unsupported"
     assert "reads pictures" in error.value.problems[0].why
+
+
+def test_what_training_rows_feed_its_layers_has_the_names_of_a_model_of_text(gemma):
+    """A GGUF's importance matrix is of the language model alone."""
+    from dropforge.export.calibration import input_statistics
+    from dropforge.export.samples import TrainingRow
+
+    found = input_statistics(gemma.stage.merged.folder, (TrainingRow(ids=tuple(range(5, 30)), prompt=0),))
+    assert found.layers == 2 and found.tokens == 25
+    assert {name for name in found.squares if name != "lm_head"} == {
+        f"model.layers.{layer}.{name}" for layer in range(2)
+        for name in (
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+            "mlp.up_proj", "mlp.down_proj",
+        )
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 
@@ -22,7 +23,7 @@ from dropforge.model_card import _commands
 from dropforge.models.source import ModelSource
 from dropforge.paths import ResultFolder
 from export_harness import copy, edit_gguf, edit_json
-from picture_models import FAMILIES, picture_bench
+from picture_models import FAMILIES, load, picture_bench
 
 NOT_CONVERTED = "llava"
 OTHERS = [name for name in FAMILIES if name not in ("gemma3", NOT_CONVERTED)]
@@ -93,7 +94,8 @@ def test_the_hub_and_the_card(gemma, reports):
     files = [name for name, _ in uploads["gguf"].files]
     assert uploads["gguf"].repo == "me/x-GGUF"
     assert files == ["Modelfile", "test-model-Q8_0.gguf", "test-model-mmproj-F16.gguf"], files
-    lines = _commands(tuple(reports.values()), base="BASE")
+    more = dataclasses.replace(reports["mmproj"], path="gguf/test-model-mmproj-BF16.gguf")
+    lines = _commands((more, *reports.values()), base="BASE")
     assert f"llama-server -m gguf/test-model-Q8_0.gguf --mmproj {PROJECTOR}" in lines
 
 
@@ -204,6 +206,19 @@ def test_read_from_disk_as_it_runs_it_sees_the_same(gemma, reports, llama_cpp, m
     )
     whole = reports["mmproj"].checks["logits"]
     assert checks["logits"]["relative_error"] == pytest.approx(whole["relative_error"], rel=1e-2)
+
+
+def test_a_folder_in_float16(gemma, llama_cpp, tmp_path):
+    """Its norm is summed in float16 by the converter, and nothing else may be lost by that."""
+    import torch
+
+    load(gemma.base).to(torch.float16).save_pretrained(tmp_path / "full")
+    reports = gemma.export(
+        ("merged", "mmproj"), adapter=None, full=tmp_path / "full", result=ResultFolder(tmp_path / "r"),
+        work=tmp_path / "w",
+    )  # fmt: skip
+    assert [str(report.problem) for report in reports if not report.ok] == []
+    assert reports[1].checks["text_type"] == "f16" and reports[1].checks["logits"]["relative_error"] < 0.005
 
 
 @pytest.mark.parametrize("gguf_type", ["f32", "bf16", "q8_0"])

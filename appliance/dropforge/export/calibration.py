@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dropforge.export.reference import is_streamed, merged_model
 from dropforge.export.samples import TrainingRow
+from dropforge.models.pictures import language_part
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ PIECE_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
-    """By module path of a linear layer, over all tokens read."""
+    """By module path of a linear layer in a model of text, over all tokens read."""
 
     squares: dict[str, torch.Tensor]
     """float32 [in]: the sum of squares of the layer's inputs."""
@@ -75,7 +76,11 @@ def input_statistics(folder: Path, rows: tuple[TrainingRow, ...]) -> InputStatis
         finally:
             for hook in hooks:
                 hook.remove()
-        layers = int(model.config.num_hidden_layers)
+        layers = int(model.config.get_text_config().num_hidden_layers)
+        part = language_part(model)
+    if part is not None:  # as the language model alone would call them
+        squares = {name.replace(f"{part}.", "model.", 1): value for name, value in squares.items()}
+        largest = {name.replace(f"{part}.", "model.", 1): value for name, value in largest.items()}
     return InputStatistics(squares=squares, largest=largest, tokens=tokens, layers=layers)
 
 
