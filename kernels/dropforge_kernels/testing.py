@@ -217,6 +217,18 @@ def capture_and_replay(build: Callable[[], Callable[[], tuple[torch.Tensor, ...]
             raise AssertionError(f"output {index} of the replayed graph differs from the eager run")
 
 
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Inside the block, whatever makes the host wait for the GPU is an error, as far as torch notices it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype, after it has set it
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def _poison(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point:
         return math.nan

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from functools import partial
 
 import pytest
 import torch
 from dropforge_kernels import ops, reference
 from dropforge_kernels.ops._head_chunks import chunk_rows
-from dropforge_kernels.testing import DTYPES, INTERPRETER_BF16, assert_parity, random_tensor
+from dropforge_kernels.testing import DTYPES, INTERPRETER_BF16, assert_parity, no_waits, random_tensor
 
 OPTIONS = {
     "plain": {},
@@ -93,16 +92,9 @@ def test_bounded_step_never_waits_for_the_device():
     leaves = [given[name].requires_grad_() for name in ("hidden", "weight")]
     count = torch.zeros((), device="cuda")
     ops.linear_cross_entropy(**given, count=count).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         loss = ops.linear_cross_entropy(**given, count=count)
         torch.autograd.grad(loss, leaves)
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("default")
     assert count.item() == 26
 
 

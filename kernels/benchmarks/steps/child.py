@@ -13,6 +13,9 @@ from steps.engines import Loaded, load, versions
 from steps.models import MODELS, PARITY_LAYERS, parse_shapes, truth_name
 from steps.weights import ensure_checkpoint
 
+MOST_CONTEXT = 2 * measure.GIB
+"""A process without a single kernel takes about 0.6 GiB of an H200."""
+
 
 def emit(row: dict[str, object]) -> None:
     """To the parent, which writes the CSV."""
@@ -37,6 +40,11 @@ def emulate_card(gib: float) -> None:
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
+    if context > MOST_CONTEXT:
+        raise SystemExit(
+            f"{context / measure.GIB:.1f} GiB of this GPU are taken already, more than a CUDA context: another process "
+            "uses it, and a card is emulated on a GPU of one's own"
+        )
     torch.cuda.set_per_process_memory_fraction((gib * measure.GIB - context) / total)
     print(f"emulated card: {gib:g} GiB, of which the CUDA context takes {context / measure.GIB:.2f}", flush=True)
 

@@ -42,9 +42,11 @@ def main() -> None:
     (args.root / "datasets" / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     spec = args.root / "packed-speed.yaml"
     spec.write_text(SPEC.format(model=args.model, packing=args.packing, steps=args.steps, batch=args.batch))
+    # The job's own process works in a folder of its own.
+    places = [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "dropforge", "run", str(spec)],
-        env=dict(os.environ, DROPFORGE_DATA=str(args.root), HF_HUB_OFFLINE="1"),
+        env=dict(os.environ, DROPFORGE_DATA=str(args.root), HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(places)),
     )
     run = max((args.root / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
     print("STATUS", (run / "status.json").read_text())

@@ -34,9 +34,10 @@ def _soft(ratio, inside, advantage, tau):
 def _gamma(total, k, decay):
     """w^k exp(decay (1 - w)) of a sequence's importance weight w = exp(total): 1 at w = 1.
 
-    In fp64, one value a program: an exponential's relative error is its argument's absolute one, here decay times w's.
+    total in fp64, one value a program: an exponential's relative error is its argument's absolute one, here k times
+    that of a sum over all tokens, and decay times w's.
     """
-    log_w = tl.clamp(total.to(tl.float64), LOWEST_LOG_WEIGHT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    log_w = tl.clamp(total, LOWEST_LOG_WEIGHT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return tl.exp(decay + k * log_w - decay * tl.exp(log_w)).to(tl.float32)
 
 
@@ -73,20 +74,20 @@ def policy_loss_kernel(
     advantage = tl.load(advantage_ptr + b).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.float32)
-    shift = tl.zeros([BLOCK], tl.float32)
+    shift = tl.zeros([BLOCK], tl.float64)
     for start in range(0, T, BLOCK):
         at = b * T + start + lanes
         live = tl.load(mask_ptr + at, mask=start + lanes < T, other=0) != 0
         count += live.to(tl.float32)
         if (SEQUENCE or SURROGATE == "vespo") and HAS_OLD:
-            logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float32)
-            moved = logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float32)
+            logp = tl.load(logp_ptr + at, mask=live, other=0.0).to(tl.float64)
+            moved = logp - tl.load(old_ptr + at, mask=live, other=0.0).to(tl.float64)
             if SURROGATE == "vespo":
                 moved = tl.clamp(moved, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             shift += moved
     tokens = tl.sum(count, axis=0)
     least_one = tl.maximum(tokens, 1.0)
-    mean_shift = tl.sum(shift, axis=0) / least_one
+    mean_shift = (tl.sum(shift, axis=0) / least_one).to(tl.float32)
     weight = 1.0
     if PER_SEQUENCE_MEAN:
         weight = 1.0 / least_one
