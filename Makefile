@@ -55,8 +55,9 @@ test-slow: llama ## run the tests that take minutes
 test-faults: $(READY) ## try the 40 faults and attacks of the queue; results into docs/reference/fault-tests.* (30 minutes)
 	@$(BIN)/python tests/daemon/fault_report.py $(FAULTS)
 
+# ARGS='-n 8 --dist worksteal -p no:benchmark': side by side with pytest-xdist (those that time copies want a GPU of their own)
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
-	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q tests/kernels tests/modules tests/families tests/fast_step tests/api tests/doctor -m gpu
+	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q $(ARGS) tests/kernels tests/modules tests/families tests/fast_step tests/api tests/doctor -m gpu
 
 # ENGINES=base,liger,unsloth,again also measures the peers, each in its own process, where they are installed
 ENGINES ?= base
