@@ -75,24 +75,30 @@ def to_yaml(spec: Spec) -> str:
 
 def _block(mapping: dict[str, Any]) -> str:
     """A block mapping, entry by entry: nearly all are defaults, and the same ones in the next spec."""
-    return "".join(
-        f"{key}:\n{indent(_block(value), '  ')}"
-        if isinstance(value, dict) and value and key.isidentifier()
-        else _entry(json.dumps({key: value}))
-        for key, value in mapping.items()
-    )
+    return "".join(_entry(key, value) for key, value in mapping.items())
+
+
+def _entry(key: str, value: Any) -> str:
+    if isinstance(value, dict) and value and key.isidentifier():
+        return f"{key}:\n{indent(_block(value), '  ')}"
+    return _emitted(key, json.dumps(value)) if isinstance(value, (dict, list)) else _emitted_scalar(key, value)
+
+
+@lru_cache(maxsize=1024, typed=True)  # 1, 1.0 and true are three values
+def _emitted_scalar(key: str, value: str | float | bool | None) -> str:
+    return _emitted(key, json.dumps(value))
 
 
 @lru_cache(maxsize=1024)
-def _entry(mapping: str) -> str:
-    """A mapping of one key, given as JSON. Strings that look like numbers are quoted by the emitter."""
+def _emitted(key: str, value: str) -> str:
+    """A mapping of one key; its value is given as JSON. Strings that look like numbers are quoted by the emitter."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
-    yaml.dump(json.loads(mapping), stream)
+    yaml.dump({key: json.loads(value)}, stream)
     return stream.getvalue()
 
 

@@ -183,10 +183,10 @@ def test_a_flood_is_not_listed_again_for_every_few_files(root: DataRoot, monkeyp
 def test_the_next_spec_of_a_flood_is_written_out_cheaply() -> None:
     """Every default is written as before; writing all of them anew would be most of what a flood costs."""
     to_yaml(check_in_child(GOOD, filename="a.yaml").resolved)
-    before = spec_check._entry.cache_info().misses
+    before = spec_check._emitted.cache_info().misses
     other = spec_text("one more", extra="train: {learning_rate: 1.25e-5}\n")
     assert "learning_rate: 1.25e-05" in to_yaml(spec_check.check(other.encode(), filename="a.yaml").resolved)
-    assert spec_check._entry.cache_info().misses - before == 2
+    assert spec_check._emitted.cache_info().misses - before == 2
 
 
 def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +247,17 @@ def test_a_long_queue_is_not_sorted_again_while_no_slot_is_free(
         harness.tick(0.001, times=5)
         assert len(sorted_at) == before
         harness.until(lambda: len(places(root).get("done", [])) == 3)  # a slot that becomes free is filled at once
+
+
+def test_large_specs_are_not_all_held_in_memory_at_once(root: DataRoot, children: list[int], monkeypatch) -> None:
+    monkeypatch.setattr(reception, "CHECKED_BYTES", 1000)
+    for number in range(12):
+        drop(root, f"{number:03}.yaml", (bad_text(number) + "# " + "x" * 300)[:300])
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: 0.0) as daemon:
+        daemon.tick(0.0)
+        daemon.tick(0.1)
+    assert children == [3, 3, 3, 3]
 
 
 def test_a_look_at_10_000_files_is_fast(root: DataRoot) -> None:

@@ -23,18 +23,22 @@ from dropforge.paths import DataRoot
 log = logging.getLogger("dropforge.daemon")
 
 FILES_PER_ROUND = 200
-CHECKED_AT_ONCE = 500
+FLOOD = 500
+"""More files than these are not taken in the order of their names."""
+CHECKED_AT_ONCE = 1000
 """Specs given to one child at most: starting it takes as long as checking some hundreds."""
+CHECKED_BYTES = 8 << 20
+"""The same in bytes, which the daemon holds in memory meanwhile."""
 CHECKED_AT_LEAST = 50
 CHECKED_FIRST = 50
 """The first child gets so many: a job can start soon, and a slow machine is not held up."""
-GROW_BELOW_SECONDS, SHRINK_ABOVE_SECONDS = 7.0, 10.0
+GROW_BELOW_SECONDS, SHRINK_ABOVE_SECONDS = 4.0, 8.0
 """How long one child may keep the daemon, whose heartbeat is stale after 15 s. Fewer, larger children are cheaper."""
 SECONDS_PER_ROUND = 2.0
 """One round takes no more files after this time, so that a flood does not hold up running jobs."""
 SECONDS_TO_THE_FIRST = 0.5
 """The same while a job could start and none is there, and more came than a person drops."""
-LOOK_SHARE = 10
+LOOK_SHARE = 20
 """During a flood the folder is looked at again after so many times as long as that takes."""
 
 
@@ -114,7 +118,7 @@ class Reception:
             if self._fresh[0] not in self._checked:
                 if considered and ((idle and accepted) or self._clock() > until):
                     return True
-                self._check_ahead(list(islice(self._fresh, self._batch)))
+                self._check_ahead(self._next_batch())
                 # Verdicts are there now, however long a busy machine took for them: a round that gave them up again
                 # for the sake of time would take one file and pay for the next child. There is no next one in this
                 # round after `until`: jobs end, control/ is obeyed and the heart beats between the rounds.
@@ -127,6 +131,17 @@ class Reception:
                 self._refused.append(entry)
             accepted += not self._intake.waits(entry, now=now)
         return False
+
+    def _next_batch(self) -> list[Ready]:
+        """The first of those that are left, at least one."""
+        batch: list[Ready] = []
+        size = 0
+        for entry in islice(self._fresh, self._batch):
+            size += entry.fingerprint.size
+            if batch and size > CHECKED_BYTES:
+                break
+            batch.append(entry)
+        return batch
 
     def _check_ahead(self, entries: list[Ready]) -> None:
         """One child for all of `entries`; how many the next one gets depends on how long this one took."""
@@ -178,10 +193,10 @@ class Reception:
 
 
 def _mixed(entries: list[Ready]) -> list[Ready]:
-    """In order, as long as one child can check them all; those of a flood as if shuffled, the same way at every look.
+    """In order, as long as they are few; those of a flood as if shuffled, the same way at every look.
 
     Where some are bad, their neighbours are likely to be bad too, and a good one should not have to wait for all those.
     """
-    if len(entries) <= CHECKED_AT_ONCE:
+    if len(entries) <= FLOOD:
         return entries
     return sorted(entries, key=lambda entry: hashlib.sha256(os.fsencode(entry.name)).digest())

@@ -31,6 +31,11 @@ class Fingerprint:
     """(path below the entry, inode, size, mtime in ns) of it and of all it holds."""
 
     @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, _, size, _ in self.parts)
+
+    @property
     def token(self) -> str:
         """A text that is equal only for equal fingerprints; names that are not UTF-8 are fine."""
         return sha256_bytes(repr(self.parts).encode("utf-8", "surrogateescape"))
