@@ -81,6 +81,47 @@ def test_a_hostile_file_costs_no_other_its_verdict(monkeypatch: pytest.MonkeyPat
     assert children == [4, 2]
 
 
+def test_files_that_keep_their_child_busy_do_not_keep_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict or two of many, then time is over; the others are asked for in a later round."""
+    monkeypatch.setattr(spec_batch, "_COMMAND", (sys.executable, "-P", "-c", KILLER))
+    monkeypatch.setattr(spec_batch, "BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(spec_batch, "check_in_child", lambda raw, *, filename: pytest.fail("no time is left for it"))
+    specs = [(GOOD, "1.yaml"), *((b"# sleeper\n" + GOOD, f"{number}.yaml") for number in range(2, 50))]
+    began = time.monotonic()
+    assert [type(verdict) for verdict in check_batch(specs, seconds=1.0)] == [CheckedSpec]
+    assert time.monotonic() - began < 20
+
+
+def test_it_is_said_for_how_many_there_was_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec_batch, "check_batch", lambda specs: [SpecError("bad", code="spec-value")] * 2)
+    checker = SpecChecker()
+    assert checker.ahead([(BAD, "a.yaml"), (BAD, "b.yaml"), (BAD, "c.yaml"), (BAD, "d.yaml")]) == 2
+    assert checker.ahead([(BAD, "c.yaml"), (BAD, "b.yaml"), (BAD, "d.yaml"), (BAD, "e.yaml")]) == 3
+
+
+def test_what_was_not_checked_in_time_is_checked_in_the_next_round(
+    root: DataRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def three(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+        asked.append(len(specs))
+        now[0] += 9.0
+        return [spec_check.answer(raw, filename=name) for raw, name in specs[:3]]
+
+    now = [0.0]
+    monkeypatch.setattr(spec_batch, "_ask_child", three)
+    monkeypatch.setattr(spec_batch.time, "monotonic", lambda: now[0])
+    for number in range(9):
+        drop(root, f"{number}.yaml", spec_text(f"job-{number} delay-1000"))
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=0.05, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: now[0]) as daemon:
+        for _ in range(4):
+            now[0] += 0.1
+            daemon.tick(now[0])
+    assert asked == [9, 6, 3]
+
+
 def test_a_machine_that_is_too_busy_rejects_nothing(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that got no CPU time says nothing about its file: it is tried again, and STATUS.md says why."""
     monkeypatch.setattr(spec_check, "WALL_SECONDS", 0.01)

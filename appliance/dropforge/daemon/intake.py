@@ -86,17 +86,22 @@ class Intake:
             self.reject(ready)
         return job_id
 
-    def check_ahead(self, entries: Sequence[Ready]) -> None:
-        """Check the specs of many entries in one child; `consider` then finds the verdicts."""
-        specs = []
-        for entry in entries:
+    def check_ahead(self, entries: Sequence[Ready]) -> int:
+        """Check the specs of many entries in one child; `consider` then finds the verdicts.
+
+        Returns for how many of them, from the first; for the others there was no time.
+        """
+        self._sequence.expect(len(entries))
+        specs, numbers = [], []
+        for number, entry in enumerate(entries):
             try:
                 if is_spec_file(entry.name):
                     specs.append((read_regular(self._root.inbox / entry.name), shown_name(entry.name)))
+                    numbers.append(number)
             except (OSError, InputError):
                 continue  # `consider` will meet the same and say so
-        self._checker.ahead(specs)
-        self._sequence.expect(len(entries))
+        checked = self._checker.ahead(specs)
+        return numbers[checked] if checked < len(specs) else len(entries)
 
     def waits(self, ready: Ready, *, now: float) -> bool:
         """True for an entry that was considered as it is now, and found unfinished or to be rejected."""

@@ -146,8 +146,8 @@ class Reception:
     def _check_ahead(self, entries: list[Ready]) -> None:
         """One child for all of `entries`; how many the next one gets depends on how long this one took."""
         began = self._clock()
-        self._intake.check_ahead(entries)
-        self._checked = frozenset(entries)
+        checked = self._intake.check_ahead(entries)
+        self._checked = frozenset(entries[: max(1, checked)])  # the first without one is asked for by itself
         took = self._clock() - began
         if took > SHRINK_ABOVE_SECONDS:
             self._batch = max(self._batch // 2, CHECKED_AT_LEAST)

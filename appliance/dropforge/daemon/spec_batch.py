@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any
 
 from dropforge.errors import EnvironmentFault, SpecError
 from dropforge.files import sha256_bytes
@@ -28,6 +31,9 @@ from dropforge.spec_check import (
 )
 
 CheckSpec = Callable[..., CheckedSpec]
+BATCH_SECONDS = 8.0
+"""A thousand files that each keep a child as long as they can would hold up the daemon for an hour."""
+LOOK_SECONDS = 0.2
 SpecFile = tuple[bytes, str]
 """Bytes of a spec, and the name whose ending says how to parse it."""
 _COMMAND = (sys.executable, "-P", "-m", "dropforge.daemon.spec_batch")
@@ -44,14 +50,20 @@ class SpecChecker:
         self._check = check
         self._ahead: dict[tuple[str, str], CheckedSpec | SpecError] = {}
 
-    def ahead(self, specs: Sequence[SpecFile]) -> None:
-        """Check all of `specs` in one go; the verdicts wait for `check` until the next call of this."""
+    def ahead(self, specs: Sequence[SpecFile]) -> int:
+        """Check `specs` in one go; the verdicts wait for `check` until the next call of this.
+
+        Returns how many, from the first, `check` can be asked for now; for the others there was no time.
+        """
         keys = [_key(*spec) for spec in specs]
         self._ahead = {key: self._ahead[key] for key in keys if key in self._ahead}
         unknown = [spec for spec, key in zip(specs, keys, strict=True) if key not in self._ahead]
         if self._check is check_in_child and len(unknown) > 1:
             verdicts = check_batch(unknown)
             self._ahead |= {_key(*spec): verdict for spec, verdict in zip(unknown, verdicts, strict=False)}
+            if len(verdicts) < len(unknown):
+                return next(number for number, key in enumerate(keys) if key not in self._ahead)
+        return len(specs)
 
     def check(self, raw: bytes, *, filename: str) -> CheckedSpec:
         """Raises SpecError with every problem found."""
@@ -63,11 +75,21 @@ class SpecChecker:
         return verdict
 
 
-def check_batch(specs: Sequence[SpecFile], *, wall_seconds: float = WALL_SECONDS) -> list[CheckedSpec | SpecError]:
-    """One verdict per spec, in order, whatever the specs do to the child; fewer when the machine gives it no time."""
+def check_batch(
+    specs: Sequence[SpecFile], *, wall_seconds: float = WALL_SECONDS, seconds: float = BATCH_SECONDS
+) -> list[CheckedSpec | SpecError]:
+    """One verdict per spec, in order, whatever the specs do to the child; fewer when time runs out.
+
+    Args:
+        wall_seconds: so long may one child take.
+        seconds: after this time nothing more is begun, as long as there is one verdict.
+    """
     verdicts: list[CheckedSpec | SpecError] = []
+    until = time.monotonic() + seconds
     while len(verdicts) < len(specs):
         verdicts += [_verdict(value) for value in _ask_child(specs[len(verdicts) :], wall_seconds)]
+        if verdicts and time.monotonic() >= until:
+            break
         if len(verdicts) < len(specs):
             try:
                 verdicts.append(_alone(specs[len(verdicts)]))
@@ -85,13 +107,26 @@ def _ask_child(specs: Sequence[SpecFile], wall_seconds: float) -> list[dict[str,
         child = subprocess.Popen(
             _COMMAND, stdin=questions, stdout=answers, stderr=subprocess.DEVNULL, preexec_fn=_limit
         )
-        try:
-            child.wait(wall_seconds)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        _wait(child, answers, wall_seconds)
         answers.seek(0)
         return [json.loads(line) for line in answers if line.endswith(b"\n")]
+
+
+def _wait(child: subprocess.Popen[bytes], answers: IO[bytes], wall_seconds: float) -> None:
+    """Until the child has ended. It is killed when it has answered something and its time is over, or after all of it.
+
+    On a machine so busy that starting took most of its time, it gets as much again.
+    """
+    began = time.monotonic()
+    enough = wall_seconds
+    while (passed := time.monotonic() - began) < min(enough, wall_seconds):
+        if enough == wall_seconds and os.fstat(answers.fileno()).st_size:
+            enough = max(BATCH_SECONDS, 2 * passed)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(min(LOOK_SECONDS, wall_seconds))
+            return
+    child.kill()
+    child.wait()
 
 
 def _alone(spec: SpecFile) -> CheckedSpec | SpecError:
