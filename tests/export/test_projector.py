@@ -22,7 +22,7 @@ from dropforge.llama_cpp.convert import convert_projector
 from dropforge.model_card import _commands
 from dropforge.models.source import ModelSource
 from dropforge.paths import ResultFolder
-from export_harness import copy, edit_gguf, edit_json
+from export_harness import copy, edit_gguf, edit_json, edit_tensors
 from picture_models import FAMILIES, load, picture_bench
 
 NOT_CONVERTED = "llava"
@@ -250,6 +250,15 @@ def test_a_family_that_was_not_tried_is_refused_before_the_training(gemma, llama
     problem = error.value.problems[0]
     assert problem.code == "export-unsupported" and "gemma3 with clip_vision_model" in problem.what
     assert "gemma3 with siglip_vision_model" in problem.why
+
+
+def test_names_that_the_converter_does_not_know_are_refused_before_the_training(gemma, llama_cpp, tmp_path):
+    """As transformers 5 writes a model that was never published: without `vision_model.`."""
+    base = copy(gemma.base, tmp_path / "base")
+    edit_tensors(base, lambda tensors: {name.replace(".vision_model.", "."): value for name, value in tensors.items()})
+    precheck(("merged",), base=base)
+    with pytest.raises(ExportError, match="has no place in a projector's GGUF"):
+        precheck(("mmproj",), base=base)
 
 
 def test_processor_files_that_are_missing_are_refused_before_the_training(gemma, llama_cpp, tmp_path):

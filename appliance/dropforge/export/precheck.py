@@ -10,6 +10,7 @@ from dropforge.export.export_fp8 import MULTIPLE
 from dropforge.export.export_merged_4bit import BLOCK as NF4_BLOCK
 from dropforge.export.picture_families import without_projector
 from dropforge.export.picture_reference import PictureReader
+from dropforge.export.projector_weights import places
 from dropforge.export.quantized_base import quantized_base
 from dropforge.export.quantized_folder import linear_layers
 from dropforge.export.safetensors_stream import index_folder
@@ -26,8 +27,8 @@ def precheck(
     """Raise ExportError for the first of `kinds` that cannot be made of the model in the folder `base`.
 
     Codes: export-unsupported (an architecture or a projector that llama.cpp does not convert, or nobody tried),
-    export-picture, export-quantize-unsupported, export-lora-gguf, export-base-quantized, export-weights-missing. What
-    is not known yet (llama.cpp is not built here) is left for later.
+    export-picture, projector-weights, export-quantize-unsupported, export-lora-gguf, export-base-quantized,
+    export-weights-missing. What is not known yet (llama.cpp is not built here) is left for later.
     """
     if set(kinds) <= {"adapter"}:
         return
@@ -42,7 +43,9 @@ def precheck(
             fix="write export: [adapter]",
         )  # fmt: skip
     if any(kind.startswith(("gguf:", "lora_gguf", "ollama", "mmproj")) for kind in kinds):
-        _converts(config, projector=any(kind.startswith("mmproj") for kind in kinds), base=base)
+        projector = any(kind.startswith("mmproj") for kind in kinds)
+        if _converts(config, projector=projector) and projector:
+            places(base, shapes, family=PictureReader(base).family)
     if "lora_gguf" in kinds and (use_dora or modules_to_save):
         raise ExportError(
             "this adapter cannot be a GGUF of its own", code="export-lora-gguf", where="export",
@@ -64,12 +67,13 @@ def with_projector(kinds: tuple[str, ...], *, base: Path) -> tuple[str, ...]:
     return (*(kind for kind in kinds if kind != "ollama"), "mmproj", *(kind for kind in kinds if kind == "ollama"))
 
 
-def _converts(config: dict[str, Any], *, projector: bool, base: Path) -> None:
+def _converts(config: dict[str, Any], *, projector: bool) -> bool:
+    """True when llama.cpp knows the architectures; False when that is not known yet."""
     names = [str(name) for name in config.get("architectures") or ()]
     try:
         known = architectures(find_llama_cpp())
     except EnvironmentFault:
-        return
+        return False
     if names and not any(name in known.text for name in names):
         raise ExportError(
             f"llama.cpp cannot convert {', '.join(names)}", code="export-unsupported",
@@ -81,7 +85,7 @@ def _converts(config: dict[str, Any], *, projector: bool, base: Path) -> None:
     if config.get("audio_config") is not None:
         raise without_projector(shown, why="it also reads sounds, and what llama.cpp hears is not checked")
     if not projector:
-        return
+        return True
     if not reads_pictures(config):
         raise ExportError(
             f"{shown} reads no pictures, so it has no projector", code="export-unsupported", where="export: mmproj",
@@ -89,4 +93,4 @@ def _converts(config: dict[str, Any], *, projector: bool, base: Path) -> None:
         )  # fmt: skip
     if not any(name in known.projector for name in names):
         raise without_projector(shown, why="llama.cpp does not know a projector for it")
-    PictureReader(base)
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,20 +63,20 @@ def compare_projector(path: Path, *, merged: Path, reader: PictureReader) -> dic
     }
 
 
-def _expected(merged: Path, family: PictureFamily, there: set[str], tokenizer: Any) -> tuple[dict[str, Any], set[str]]:
-    """GGUF name -> function that gives the float32 values it must hold; and the names of those that are sums."""
+def places(folder: Path, names: Iterable[str], *, family: PictureFamily) -> dict[str, str]:
+    """Tensor in the files -> its name in a projector's GGUF, of all `names` that belong to what reads pictures.
+
+    Raises ExportError (projector-weights) for one that would be lost.
+    """
     import gguf
 
-    config = read_json(merged / "config.json")
-    vision = config["vision_config"]
+    vision = read_json(folder / "config.json")["vision_config"]
     depth = next(int(vision[key]) for key in _DEPTHS if key in vision)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, depth)
-    reader, part = TensorReader(merged), language_path(merged)
-    loaded = {file: name for name, file in stored_names(merged, reader.names).items()}
-    heads = int(vision.get("num_attention_heads", vision.get("num_heads", 1)))
-    values: dict[str, Any] = {}
-    sums: set[str] = set()
-    for file in reader.names:
+    files, part = sorted(names), language_path(folder)
+    loaded = {file: name for name, file in stored_names(folder, files).items()}
+    found: dict[str, str] = {}
+    for file in files:
         if (
             part is None
             or in_language_part(loaded.get(file, file), part)
@@ -85,9 +86,22 @@ def _expected(merged: Path, family: PictureFamily, there: set[str], tokenizer: A
         name = table.get_name(re.sub(r"_weight$", ".weight", file), try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ExportError(
-                f"{file} has no place in a projector's GGUF", code="projector-weights", where="merged",
-                why="it would be lost", fix="leave gguf and ollama out of `export`; merged holds everything",
+                f"{file} has no place in a projector's GGUF", code="projector-weights", where="safetensors",
+                why="llama.cpp knows the names that published checkpoints have, and this is none of them",
+                fix="leave gguf, mmproj and ollama out of `export`; adapter and merged hold everything",
             )  # fmt: skip
+        found[file] = name
+    return found
+
+
+def _expected(merged: Path, family: PictureFamily, there: set[str], tokenizer: Any) -> tuple[dict[str, Any], set[str]]:
+    """GGUF name -> function that gives the float32 values it must hold; and the names of those that are sums."""
+    vision = read_json(merged / "config.json")["vision_config"]
+    reader = TensorReader(merged)
+    heads = int(vision.get("num_attention_heads", vision.get("num_heads", 1)))
+    values: dict[str, Any] = {}
+    sums: set[str] = set()
+    for file, name in places(merged, reader.names, family=family).items():
         for gguf_name, piece in _pieces(name, there, reader.shape(file)).items():
             values[gguf_name] = _reading(reader, file, piece, family, heads)
             sums |= {gguf_name} if file.endswith(tuple(family.shifted)) else set()

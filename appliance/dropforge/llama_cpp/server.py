@@ -25,6 +25,7 @@ START_SECONDS = 600.0
 REQUEST_SECONDS = 3600.0
 MAX_THREADS = 16
 SMALL_FILE_BYTES = 200 * 2**20
+SMALL_PROJECTOR_BYTES = 10 * 2**20
 
 
 class LlamaServer:
@@ -45,7 +46,7 @@ class LlamaServer:
         self._exact = exact
         self._lora = lora.absolute() if lora else None
         self._projector = projector.absolute() if projector else None
-        self._threads = threads or _threads_for(model)
+        self._threads = threads or _threads_for(model, projector)
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -239,9 +240,13 @@ def usable_threads() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
-def _threads_for(model: Path) -> int:
-    """One thread for small files: waiting for each other costs more than a second thread brings."""
-    return usable_threads() if model.exists() and model.stat().st_size > SMALL_FILE_BYTES else 1
+def _threads_for(model: Path, projector: Path | None) -> int:
+    """One thread for small files: waiting for each other costs more than a second thread brings.
+
+    A projector has more work than its size says, because a picture is read whole at once.
+    """
+    large = model.exists() and model.stat().st_size > SMALL_FILE_BYTES
+    return usable_threads() if large or (projector and projector.stat().st_size > SMALL_PROJECTOR_BYTES) else 1
 
 
 class _NotReady(Exception):  # noqa: N818  (a state of the server, seen only in this file)
