@@ -15,7 +15,7 @@ from dropforge.daemon import loop, reception, spec_batch
 from dropforge.daemon.loop import FAULT_SECONDS, PAGE_SECONDS, Daemon, DaemonOptions
 from dropforge.daemon.query import list_jobs
 from dropforge.daemon.queue import TicketBook, put
-from dropforge.daemon.spec_batch import SpecChecker, check_batch
+from dropforge.daemon.spec_batch import Child, SpecChecker, check_batch
 from dropforge.daemon.watcher import Look, SettleTracker, look
 from dropforge.errors import SpecError
 from dropforge.paths import DataRoot
@@ -35,7 +35,9 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of specs given to each child for many."""
     asked: list[int] = []
     real = spec_batch._ask_child
-    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: asked.append(len(specs)) or real(specs, wall))
+    monkeypatch.setattr(
+        spec_batch, "_ask_child", lambda specs, wall, child: asked.append(len(specs)) or real(specs, wall, child)
+    )
     return asked
 
 
@@ -93,10 +95,72 @@ def test_files_that_keep_their_child_busy_do_not_keep_the_daemon(monkeypatch: py
 
 
 def test_it_is_said_for_how_many_there_was_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spec_batch, "check_batch", lambda specs: [SpecError("bad", code="spec-value")] * 2)
+    monkeypatch.setattr(spec_batch, "check_batch", lambda specs, child: [SpecError("bad", code="spec-value")] * 2)
     checker = SpecChecker()
     assert checker.ahead([(BAD, "a.yaml"), (BAD, "b.yaml"), (BAD, "c.yaml"), (BAD, "d.yaml")]) == 2
     assert checker.ahead([(BAD, "c.yaml"), (BAD, "b.yaml"), (BAD, "d.yaml"), (BAD, "e.yaml")]) == 3
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Child]:
+    """Every child that is started."""
+    all_of_them: list[Child] = []
+
+    class Noted(Child):
+        def __init__(self) -> None:
+            super().__init__()
+            all_of_them.append(self)
+
+    monkeypatch.setattr(spec_batch, "Child", Noted)
+    return all_of_them
+
+
+def test_the_child_starts_while_the_files_settle(root: DataRoot, started: list[Child]) -> None:
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=5.0, warm=False)
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: 0.0) as daemon:
+        drop(root, "a.yaml", spec_text("a delay-1000"))
+        daemon.tick(0.0)
+        assert started == [], "one file is not worth it"
+        drop(root, "b.yaml", spec_text("b delay-1000"))
+        daemon.tick(1.0)
+        assert len(started) == 1
+        daemon.tick(6.0)
+        assert len(places(root)["queue"]) == 1
+        assert places(root)["running"]
+        assert len(started) == 1, "it was the one that was asked"
+        assert started[0]._process.returncode is not None
+
+
+def test_a_child_that_is_not_needed_after_all_is_ended(root: DataRoot, started: list[Child]) -> None:
+    options = DaemonOptions(poll_seconds=0.02, settle_seconds=5.0, warm=False)
+    paths = [drop(root, "a.yaml"), drop(root, "b.yaml")]
+    with Daemon(root, options=options, runner_command=FAKE_RUNNER, clock=lambda: 0.0) as daemon:
+        daemon.tick(0.0)
+        for path in paths:
+            path.unlink()
+        daemon.tick(1.0)
+        assert started[0]._process.returncode is not None
+        drop(root, "a.yaml")
+        drop(root, "b.yaml")
+        daemon.tick(2.0)
+        assert started[1]._process.returncode is None
+    assert started[1]._process.returncode is not None
+
+
+def test_a_child_ends_when_its_daemon_is_gone() -> None:
+    with Child() as child:
+        os.dup2(child._answers.fileno(), child._go)  # the only end of the pipe that could be written to is closed
+        assert child._process.wait(30) == 0
+
+
+def test_a_child_that_died_while_it_waited_costs_no_verdict(children: list[int]) -> None:
+    checker = SpecChecker()
+    checker.get_ready()
+    checker._child._process.kill()
+    checker._child._process.wait()
+    assert checker.ahead([(GOOD, "a.yaml"), (BAD, "b.yaml"), (GOOD, "c.yaml")]) == 3
+    assert checker.check(GOOD, filename="c.yaml").spec.name == "job"
+    assert children == [3, 2]
 
 
 def test_what_was_not_checked_in_time_is_checked_in_the_next_round(
@@ -104,7 +168,7 @@ def test_what_was_not_checked_in_time_is_checked_in_the_next_round(
 ) -> None:
     asked: list[int] = []
 
-    def three(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+    def three(specs: list[tuple[bytes, str]], wall: float, child: Child | None) -> list[dict]:
         asked.append(len(specs))
         now[0] += 9.0
         return [spec_check.answer(raw, filename=name) for raw, name in specs[:3]]
@@ -125,7 +189,7 @@ def test_what_was_not_checked_in_time_is_checked_in_the_next_round(
 def test_a_machine_that_is_too_busy_rejects_nothing(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that got no CPU time says nothing about its file: it is tried again, and STATUS.md says why."""
     monkeypatch.setattr(spec_check, "WALL_SECONDS", 0.01)
-    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: [])
+    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall, child: [])
     drop(root, "job.yaml")
     drop(root, "other.yaml", spec_text("other"))
     with Harness(root, check=check_in_child) as harness:
@@ -207,7 +271,7 @@ def test_a_flood_is_not_listed_again_for_every_few_files(root: DataRoot, monkeyp
 
     monkeypatch.setattr(reception, "look", slow_look)
     monkeypatch.setattr(reception, "FILES_PER_ROUND", 1)
-    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall: [
+    monkeypatch.setattr(spec_batch, "_ask_child", lambda specs, wall, child: [
         spec_check.answer(raw, filename=name) for raw, name in specs
     ])  # fmt: skip
     for number in range(30):
@@ -234,7 +298,7 @@ def test_on_a_slow_machine_a_child_is_not_paid_for_one_file(root: DataRoot, monk
     """Every child takes longer than a look may last; what it found is used all the same."""
     now, asked = [0.0], []
 
-    def slow(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+    def slow(specs: list[tuple[bytes, str]], wall: float, child: Child | None) -> list[dict]:
         asked.append(len(specs))
         now[0] += 8.0
         return [spec_check.answer(raw, filename=name) for raw, name in specs]
@@ -255,7 +319,7 @@ def test_a_round_ends_although_all_files_are_bad(root: DataRoot, monkeypatch: py
     """A child for every few seconds of it would hold up the heartbeat, which is stale after 15 s."""
     now = [0.0]
 
-    def slow(specs: list[tuple[bytes, str]], wall: float) -> list[dict]:
+    def slow(specs: list[tuple[bytes, str]], wall: float, child: Child | None) -> list[dict]:
         now[0] += 1.5
         return [spec_check.answer(raw, filename=name) for raw, name in specs]
 

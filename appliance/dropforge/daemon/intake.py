@@ -86,6 +86,13 @@ class Intake:
             self.reject(ready)
         return job_id
 
+    def get_ready(self, files: int) -> None:
+        """So many files will be asked for soon."""
+        if files > 1:
+            self._checker.get_ready()
+        else:
+            self._checker.close()
+
     def check_ahead(self, entries: Sequence[Ready]) -> int:
         """Check the specs of many entries in one child; `consider` then finds the verdicts.
 

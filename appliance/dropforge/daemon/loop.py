@@ -158,6 +158,7 @@ class Daemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         now = self._clock()
+        self._reception.close()
         self._worker.kill_all()
         self._collect(now)
         self._faults.guard("STATUS.md", lambda: self._write_pages("stopped"), now=now)

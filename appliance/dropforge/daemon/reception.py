@@ -106,6 +106,7 @@ class Reception:
         ready = [entry for entry in self._tracker.update(seen, now=now, complete=complete) if self._mine(entry.name)]
         self._fresh = deque(_mixed([entry for entry in ready if not self._intake.waits(entry, now=now)]))
         self._refused = deque(entry for entry in ready if self._intake.is_refused(entry))
+        self._intake.get_ready(len(self._fresh) + self._tracker.settling)
         self._look_again = now + max(self._poll_seconds, LOOK_SHARE * (self._clock() - began))
 
     def _consider(self, *, now: float, seconds: float, idle: bool) -> bool:
@@ -148,6 +149,7 @@ class Reception:
         began = self._clock()
         checked = self._intake.check_ahead(entries)
         self._checked = frozenset(entries[: max(1, checked)])  # the first without one is asked for by itself
+        self._intake.get_ready(len(self._fresh) - checked)
         took = self._clock() - began
         if took > SHRINK_ABOVE_SECONDS:
             self._batch = max(self._batch // 2, CHECKED_AT_LEAST)
@@ -169,6 +171,10 @@ class Reception:
         job_id = self._intake.consider(entry, now=now)
         if job_id is not None:
             log.info("%s: accepted", job_id, extra={"action": "accepted"})
+
+    def close(self) -> None:
+        """Nothing more will be received."""
+        self._intake.get_ready(0)
 
     @property
     def count(self) -> int:

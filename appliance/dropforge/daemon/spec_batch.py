@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import IO, Any
 
 from dropforge.errors import EnvironmentFault, SpecError
@@ -49,6 +49,19 @@ class SpecChecker:
     def __init__(self, check: CheckSpec = check_in_child) -> None:
         self._check = check
         self._ahead: dict[tuple[str, str], CheckedSpec | SpecError] = {}
+        self._child: Child | None = None
+
+    def get_ready(self) -> None:
+        """Specs will come in a moment: start the child for them."""
+        if self._child is None and self._check is check_in_child:
+            with suppress(OSError):  # whoever has specs meets it again, and says so
+                self._child = Child()
+
+    def close(self) -> None:
+        """No specs will come."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
 
     def ahead(self, specs: Sequence[SpecFile]) -> int:
         """Check `specs` in one go; the verdicts wait for `check` until the next call of this.
@@ -59,7 +72,10 @@ class SpecChecker:
         self._ahead = {key: self._ahead[key] for key in keys if key in self._ahead}
         unknown = [spec for spec, key in zip(specs, keys, strict=True) if key not in self._ahead]
         if self._check is check_in_child and len(unknown) > 1:
-            verdicts = check_batch(unknown)
+            try:
+                verdicts = check_batch(unknown, child=self._child)
+            finally:
+                self.close()
             self._ahead |= {_key(*spec): verdict for spec, verdict in zip(unknown, verdicts, strict=False)}
             if len(verdicts) < len(unknown):
                 return next(number for number, key in enumerate(keys) if key not in self._ahead)
@@ -76,18 +92,24 @@ class SpecChecker:
 
 
 def check_batch(
-    specs: Sequence[SpecFile], *, wall_seconds: float = WALL_SECONDS, seconds: float = BATCH_SECONDS
+    specs: Sequence[SpecFile],
+    *,
+    child: Child | None = None,
+    wall_seconds: float = WALL_SECONDS,
+    seconds: float = BATCH_SECONDS,
 ) -> list[CheckedSpec | SpecError]:
     """One verdict per spec, in order, whatever the specs do to the child; fewer when time runs out.
 
     Args:
+        child: one that was started ahead; it is used up.
         wall_seconds: so long may one child take.
         seconds: after this time nothing more is begun, as long as there is one verdict.
     """
     verdicts: list[CheckedSpec | SpecError] = []
     until = time.monotonic() + seconds
     while len(verdicts) < len(specs):
-        verdicts += [_verdict(value) for value in _ask_child(specs[len(verdicts) :], wall_seconds)]
+        verdicts += [_verdict(value) for value in _ask_child(specs[len(verdicts) :], wall_seconds, child)]
+        child = None
         if verdicts and time.monotonic() >= until:
             break
         if len(verdicts) < len(specs):
@@ -98,18 +120,54 @@ def check_batch(
     return verdicts
 
 
-def _ask_child(specs: Sequence[SpecFile], wall_seconds: float) -> list[dict[str, Any]]:
+def _ask_child(specs: Sequence[SpecFile], wall_seconds: float, child: Child | None) -> list[dict[str, Any]]:
     """Answers up to the first spec that the child did not survive."""
-    lines = (json.dumps({"raw": base64.b64encode(raw).decode(), "filename": name}) + "\n" for raw, name in specs)
-    with tempfile.TemporaryFile() as questions, tempfile.TemporaryFile() as answers:
-        questions.writelines(line.encode() for line in lines)
-        questions.seek(0)
-        child = subprocess.Popen(
-            _COMMAND, stdin=questions, stdout=answers, stderr=subprocess.DEVNULL, preexec_fn=_limit
-        )
-        _wait(child, answers, wall_seconds)
-        answers.seek(0)
-        return [json.loads(line) for line in answers if line.endswith(b"\n")]
+    with child or Child() as asked:
+        return asked.answers(specs, wall_seconds)
+
+
+class Child:
+    """A limited process that has imported everything, which takes longer than hundreds of specs, and waits for them.
+
+    It ends by itself when this process does.
+    """
+
+    def __init__(self) -> None:
+        with ExitStack() as undo:
+            self._questions = undo.enter_context(tempfile.TemporaryFile())
+            self._answers = undo.enter_context(tempfile.TemporaryFile())
+            go, self._go = os.pipe()
+            undo.callback(os.close, self._go)
+            try:
+                self._process = subprocess.Popen(
+                    (*_COMMAND, str(go)), stdin=self._questions, stdout=self._answers, stderr=subprocess.DEVNULL,
+                    pass_fds=(go,), preexec_fn=_limit,
+                )  # fmt: skip
+            finally:
+                os.close(go)
+            self._files = undo.pop_all()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._files.close()
+
+    def answers(self, specs: Sequence[SpecFile], wall_seconds: float) -> list[dict[str, Any]]:
+        """Can be asked once."""
+        lines = (json.dumps({"raw": base64.b64encode(raw).decode(), "filename": name}) + "\n" for raw, name in specs)
+        self._questions.writelines(line.encode() for line in lines)
+        self._questions.seek(0)  # for both: it is one open file
+        with suppress(BrokenPipeError):  # it is dead, and answers nothing
+            os.write(self._go, b"!")
+        _wait(self._process, self._answers, wall_seconds)
+        self._answers.seek(0)
+        return [json.loads(line) for line in self._answers if line.endswith(b"\n")]
 
 
 def _wait(child: subprocess.Popen[bytes], answers: IO[bytes], wall_seconds: float) -> None:
@@ -153,7 +211,13 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+_ANY = b"version: 1\nname: any\nmodel: builtin:tiny-llama\ndata: any.jsonl\nexport: [adapter]\n"
+
+
 def _child() -> None:
+    answer(_ANY, filename="any.yaml")  # imports what is needed
+    if not os.read(int(sys.argv[1]), 1):
+        return  # nobody asks any more
     for line in sys.stdin:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         allowed = int(usage.ru_utime + usage.ru_stime) + 1 + CPU_SECONDS

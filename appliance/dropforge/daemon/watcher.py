@@ -167,6 +167,8 @@ class SettleTracker:
         self._staged: frozenset[Fingerprint] = frozenset()
         self.settles_at = float("inf")
         """Monotonic time at which the next entry will have settled, if nothing changes."""
+        self.settling = 0
+        """How many have not settled."""
 
     @property
     def waiting(self) -> Collection[str]:
@@ -193,6 +195,7 @@ class SettleTracker:
                 ready.append(Ready(name, print_, since, whole))
             else:
                 self.settles_at = min(self.settles_at, since + self._settle_seconds)
+        self.settling = len(seen.entries) - len(ready)
         # An inode alone proves nothing (it is reused at once); size and time must be what they were in staging as well.
         self._staged = seen.staged
         return sorted(ready, key=lambda item: (item.unchanged_since, item.name))
