@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dropforge.doctor.finding import Finding
 from dropforge.doctor.limited import Ran, run_limited
 from dropforge.doctor.trial_process import Answer, run_trial
 from dropforge.hardware import GIB, Hardware
+from dropforge.settings import settings
 
 MACHINE = Hardware(cpu_cores=8, memory_total=64 * GIB, memory_available=48 * GIB, disk_free=GIB, gpus=(), gpu_note="")
 H200 = "0, GPU-aa, NVIDIA H200, 9.0, 580.95.05, 143771, 143000, Default, Disabled, 0"
@@ -175,13 +176,22 @@ def test_a_cpu_only_llama_cpp_is_not_passed_over_in_silence() -> None:
     assert "lists no GPU" in unused.what and "libggml-cuda.so" in unused.fix
 
 
-def test_why_llama_cpp_does_not_load_its_cuda_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Environment for one test: the settings of the process are read again before it and after it."""
+    settings.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+def test_why_llama_cpp_does_not_load_its_cuda_part(tmp_path: Path, fresh_settings: pytest.MonkeyPatch) -> None:
     """Its tools load the library when they can, and say nothing when they cannot."""
     server, library = tmp_path / "bin" / "llama-server", tmp_path / "bin" / "libggml-cuda.so"
     server.parent.mkdir()
     server.write_text("#!/bin/sh\necho Available devices:\n")
     server.chmod(0o755)
-    monkeypatch.setenv("DROPFORGE_LLAMA_CPP", str(tmp_path))
+    fresh_settings.setenv("DROPFORGE_LLAMA_CPP", str(tmp_path))
     assert cuda_part_refused(server.parent) == "", "a build for the CPU"
     subprocess.run(["cc", "-shared", "-o", library, "-Wl,--no-as-needed", "-x", "c", "/dev/null"], check=True)
     assert cuda_part_refused(server.parent) == ""
