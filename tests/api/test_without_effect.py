@@ -40,11 +40,9 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_every_further_argument_is_refused_or_says_why():
-    assert all(
-        bool(extra.refuse) != bool(extra.note)
-        for extra in (*LOADING.values(), *ADAPTER.values(), *SAVING_LOCALLY.values())
-    )
+def test_every_further_argument_has_one_of_a_refusal_a_reason_and_a_meaning():
+    for name, extra in (LOADING | ADAPTER | SAVING_LOCALLY).items():
+        assert sum(map(bool, (extra.refuse, extra.note, extra.meaning))) == 1, name
 
 
 def test_each_says_so(caplog):
