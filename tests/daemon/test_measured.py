@@ -110,7 +110,7 @@ def test_20_000_files_at_once(root: DataRoot, record_property) -> None:
     )
     assert (tickets, rejected) == (GOOD, BAD)
     assert json.loads(root.queue_json.read_text())["queued_more"] >= 0
-    assert min(looks) < 0.4, "20,000 files, so 0.2 s for 10,000"
+    assert min(looks) < 0.2, looks
     assert peak < 300 * MIB
     assert SETTLE_SECONDS + first_cpu < FIRST_SECONDS
     assert first < FIRST_SECONDS
