@@ -16,6 +16,8 @@ Locate = Callable[[str], Path]
 def data_locator(root: DataRoot, run: RunFolder | None = None, *, beside: Path | None = None) -> Locate:
     """A function that finds data named in a spec: first in the job's own data, then beside the spec, then in datasets/.
 
+    `datasets/rows.jsonl` is found there too, as it is written everywhere.
+
     Args:
         root: the data root; its datasets/ folder is searched last.
         run: the run whose data/ folder holds what came in a NAME.job folder.
@@ -24,7 +26,7 @@ def data_locator(root: DataRoot, run: RunFolder | None = None, *, beside: Path |
     folders = [folder for folder in (run.job_data if run else None, beside, root.datasets) if folder]
 
     def locate(path: str) -> Path:
-        for folder in folders:
+        for folder in [*folders, root.path] if path.startswith("datasets/") else folders:
             candidate = folder / path
             if os.path.lexists(candidate):
                 return _safe(candidate, folder, path)

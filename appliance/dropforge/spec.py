@@ -51,7 +51,7 @@ def _model_id(text: str) -> str:
         raise ValueError("must be a hub id, a folder under models/ or builtin:NAME, never an absolute path or '..'")
     if not re.fullmatch(r"(builtin:)?[A-Za-z0-9][\w.-]*(/[\w.-]+)*", text):
         raise ValueError("must look like org/name, a folder name under models/, or builtin:NAME")
-    return text
+    return text.removeprefix("models/")  # as the folder is written everywhere; no account of the hub is called so
 
 
 def _seconds(value: Any) -> Any:

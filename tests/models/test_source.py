@@ -56,6 +56,13 @@ def test_builtin_is_made_once_and_kept(root):
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in first.path.iterdir())
 
 
+def test_a_folder_is_found_with_and_without_the_name_of_the_folder_it_lies_in(root):
+    folder = folder_model(root, "mine", COMPLETE)
+    assert resolve(root, "mine").path == resolve(root, "models/mine").path == folder
+    folder = folder_model(root, "models/mine", COMPLETE)
+    assert resolve(root, "models/models/mine").path == folder
+
+
 def test_two_at_the_same_time(root, monkeypatch):
     """Both build; one rename wins; neither fails nor leaves anything behind."""
     barrier = threading.Barrier(2)

@@ -24,6 +24,16 @@ def test_the_jobs_own_data_wins_over_datasets(root):
     assert data_locator(root)("a.jsonl").read_text() == "datasets"
 
 
+def test_the_name_of_the_folder_may_be_written_too(root):
+    (root.datasets / "a.jsonl").write_text("a")
+    locate = data_locator(root)
+    assert locate("datasets/a.jsonl") == locate("a.jsonl") == root.datasets / "a.jsonl"
+    with pytest.raises(DataError):
+        locate("datasets/b.jsonl")
+    with pytest.raises(DataError):
+        locate("models/a.jsonl")
+
+
 def test_a_missing_file_says_where_it_was_looked_for(root, tmp_path):
     with pytest.raises(DataError) as caught:
         data_locator(root, beside=tmp_path)("a.jsonl")
