@@ -113,6 +113,14 @@ def test_an_unknown_job_is_bad_input(folder, capsys, command):
     assert "job-unknown" in capsys.readouterr().err
 
 
+def test_an_empty_answer_is_said_to_be_one(folder, capsys, monkeypatch):
+    (folder / "provenance.json").write_text("{}")
+    monkeypatch.setattr("dropforge.chat.answer", lambda result, prompts, **options: ["", "yes"])
+    assert main(["chat", str(folder), "--prompt", "one", "--prompt", "two"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "\nyes\n" and "'one': the model ended its answer" in shown.err and "two" not in shown.err
+
+
 def test_status_of_an_empty_root(folder, capsys):
     assert main(["status"]) == 0
     assert "no jobs yet" in capsys.readouterr().out

@@ -28,6 +28,9 @@ def chat(arguments: Namespace) -> int:
     answers = answer(result, prompts, images=tuple(map(Path, arguments.image or ())), **options)
     pairs = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]
     emit(arguments, pairs, "\n".join(answers))
+    for prompt, text in zip(prompts, answers, strict=True):
+        if not text.strip():
+            print(f"{prompt!r}: the model ended its answer before the first word", file=sys.stderr)
     return 0
 
 
