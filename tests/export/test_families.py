@@ -16,7 +16,7 @@ from dropforge.export import export_one
 from dropforge.export.modelfile import read_modelfile
 from dropforge.export.stage import Stage
 from dropforge.paths import ResultFolder
-from export_harness import Bench, make_adapter
+from export_harness import Bench, make_adapter, measured
 from real_vocab import vocabularies, write_tokenizer
 
 KINDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k_m", "gguf:iq4_xs", "fp8", "ollama")
@@ -92,7 +92,7 @@ def vocabulary_files(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_through_every_export(name, vocabulary_files, llama_cpp, tmp_path):
+def test_a_family_through_every_export(name, vocabulary_files, llama_cpp, tmp_path, record_property):
     family = FAMILIES[name]
     bench = Bench(name=name, folder=tmp_path)
     make_base(name, bench.base, vocabulary_files[family.vocabulary])
@@ -108,10 +108,8 @@ def test_a_family_through_every_export(name, vocabulary_files, llama_cpp, tmp_pa
     reports = {kind: export_one(stage, kind) for kind in KINDS}
     assert {kind: str(report.problem) for kind, report in reports.items() if not report.ok} == {}
     for kind, limit in ERROR.items():
-        checks = reports[kind].checks
-        print(f"{name} {kind}: error {checks['logits']['relative_error']:.4f}, KL {checks['logits']['mean_kl']:.5f}, "
-              f"same first token {checks['logits']['top1']:.2f}")  # fmt: skip
-        assert checks["logits"]["relative_error"] < limit
+        record_property("measured", measured(reports[kind], family=name))
+        assert reports[kind].checks["logits"]["relative_error"] < limit
     assert reports["gguf:f16"].checks["conversations_equal"] >= 5
     assert reports["gguf:f16"].checks["pre_tokenizer"] == family.pre
     said = read_modelfile(result.modelfile.read_text())

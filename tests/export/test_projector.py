@@ -22,7 +22,7 @@ from dropforge.llama_cpp.convert import convert_projector
 from dropforge.model_card import _commands
 from dropforge.models.source import ModelSource
 from dropforge.paths import ResultFolder
-from export_harness import copy, edit_gguf, edit_json, edit_tensors
+from export_harness import copy, edit_gguf, edit_json, edit_tensors, measured
 from picture_models import FAMILIES, load, picture_bench
 
 NOT_CONVERTED = "llava"
@@ -239,6 +239,18 @@ def test_other_families(name, llama_cpp, tmp_path):
         assert report.ok, report.problem
         print(name, kind, report.checks["logits"])
     assert report.checks["another_picture"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", *OTHERS])
+def test_errors_of_every_type(name, llama_cpp, tmp_path, record_property):
+    bench = picture_bench(name, tmp_path)
+    precheck(("gguf:bf16", "mmproj"), base=bench.base)
+    for gguf_type in ("f32", "f16", "bf16", "q8_0"):
+        report = export_one(bench.stage, f"mmproj:{gguf_type}")
+        assert report.ok, report.problem
+        record_property("measured", measured(report, pictures=name))
+        assert report.checks["another_picture"] > 10 * report.checks["logits"]["relative_error"]
 
 
 def test_a_family_that_was_not_tried_is_refused_before_the_training(gemma, llama_cpp, tmp_path):

@@ -1,4 +1,4 @@
-"""How far each GGUF type may be from the merged model. Measured values and margins: docs/guides/exports.md."""
+"""How far each GGUF type may be from the merged model. Measured values and margins: docs/reference/export-errors.md."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest accepted numbers; measured ones are in docs/guides/exports.md."""
+    """Largest accepted numbers; measured ones are in docs/reference/export-errors.md."""
 
     weight: float
     """RMS of a matrix's error over the RMS of the matrix."""

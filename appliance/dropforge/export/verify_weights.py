@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROWS = 64
 """Rows read per tensor, evenly spaced: blocks never span rows, so a sample costs little."""
 
-# Largest relative RMS error per stored type; measured values are in docs/guides/exports.md.
+# Largest relative RMS error per stored type; measured values are in docs/reference/export-errors.md.
 LIMITS = {
     "F32": 0.0, "F16": 0.001, "BF16": 0.004, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_0": 0.12, "Q5_1": 0.12, "Q5_K": 0.1,
     "Q4_0": 0.22, "Q4_1": 0.22, "Q4_K": 0.2, "IQ4_NL": 0.22, "IQ4_XS": 0.22, "Q3_K": 0.4, "IQ3_S": 0.4,
