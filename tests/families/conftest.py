@@ -57,6 +57,24 @@ def tiny() -> Callable[..., torch.nn.Module]:
 
 
 @pytest.fixture
+def adapted() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """adapted(model): with LoRA on every linear layer, which changes what the model computes."""
+
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(3)
+        wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        return wrapped
+
+    return wrap
+
+
+@pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     """Two rows, the second padded on the right; some labels ignored."""
     torch.manual_seed(5)

@@ -8,18 +8,6 @@ import pytest
 import torch
 
 
-def lora(model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(3)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return wrapped
-
-
 def trained(model, batch):
     model.zero_grad()
     loss = model(**batch).loss
@@ -55,7 +43,7 @@ def test_an_id_outside_the_table_is_seen():
 
 @pytest.mark.parametrize("way", ["host", "kernel"])
 @pytest.mark.parametrize("policy", ["auto", "off"])
-def test_the_same_step_and_everything_given_back(policy, way, tiny, batch, monkeypatch):
+def test_the_same_step_and_everything_given_back(policy, way, tiny, batch, monkeypatch, adapted):
     from dropforge_kernels.ops._host_rows import gather_rows
     from dropforge_kernels.patch import host_embedding
     from dropforge_kernels.patch.session import patched
@@ -67,7 +55,7 @@ def test_the_same_step_and_everything_given_back(policy, way, tiny, batch, monke
     calls = []
     if way == "kernel":
         monkeypatch.setattr(host_embedding, "host_rows", fetched)
-    model = lora(tiny("llama", tie_word_embeddings=False))
+    model = adapted(tiny("llama", tie_word_embeddings=False))
     table = model.get_input_embeddings()
     weight, keys = table.weight, list(model.state_dict())
     names = [name for name, _ in model.named_parameters()]
@@ -105,10 +93,10 @@ def test_a_trainer_that_moves_the_model_leaves_the_table(tiny):
     session.close()
 
 
-def test_a_paused_session_keeps_it_and_a_wrapped_forward_still_works(tiny, batch):
+def test_a_paused_session_keeps_it_and_a_wrapped_forward_still_works(tiny, batch, adapted):
     from dropforge_kernels.patch.session import open_session
 
-    model = lora(tiny("qwen2", tie_word_embeddings=False))
+    model = adapted(tiny("qwen2", tie_word_embeddings=False))
     table = model.get_input_embeddings()
     plain = table(batch["input_ids"])
     session = open_session(model, policy="off", offload_embedding=True)

@@ -6,18 +6,6 @@ import pytest
 import torch
 
 
-def adapted(model):
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(3)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return wrapped
-
-
 def step(model, batch):
     model.zero_grad()
     loss = model(**batch).loss
@@ -27,7 +15,7 @@ def step(model, batch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_same_numbers(family, checkpointing, tiny, batch, monkeypatch):
+def test_the_same_numbers(family, checkpointing, tiny, batch, monkeypatch, adapted):
     from dropforge_kernels.modules import decoder_layer
     from dropforge_kernels.patch import engine_call
     from dropforge_kernels.patch.session import open_session
