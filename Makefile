@@ -63,7 +63,8 @@ test-faults: $(READY) ## try the 40 faults and attacks of the queue; results int
 export-errors: llama ## measure how far off each kind of export is; results into docs/reference/export-errors.* (20 minutes)
 	@$(BIN)/python -P tests/export/error_report.py $(ARGS)
 
-# ARGS='-n 8 --dist worksteal -p no:benchmark': side by side with pytest-xdist (those that time copies want a GPU of their own)
+# ARGS='-n 8 --dist worksteal -p no:benchmark --failures-to FILE': side by side with pytest-xdist (those that time copies want a
+# GPU of their own), each failure written as it happens
 test-gpu: ## run the GPU tests, with whatever torch this machine's python3 has
 	@PYTHONPATH=appliance:kernels $(PYTHON) -m pytest -q $(ARGS) tests/kernels tests/modules tests/families tests/fast_step tests/api tests/doctor -m gpu
 
