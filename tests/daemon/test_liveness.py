@@ -128,6 +128,16 @@ def test_what_waits_in_the_inbox_is_listed(root: DataRoot, capsys) -> None:
     assert "and 11 more" in said(root, capsys)
 
 
+def test_a_file_in_the_inbox_is_found_by_its_name(root: DataRoot, capsys) -> None:
+    drop(root, "half.yaml", "version: 1\nname")
+    for name in ("half", "half.yaml"):
+        assert said(root, capsys, name) == "half.yaml is in inbox: it becomes a job when Dropforge runs\n"
+    assert json.loads(said(root, capsys, "half", "--json"))["state"] == "in inbox"
+    with DaemonProcess(root):
+        wait_until(lambda: "half.yaml is in inbox: it waits for its missing part" in said(root, capsys, "half"))
+    assert main(["status", "other", "--data", str(root.path)]) == 2
+
+
 def test_what_was_asked_while_nobody_was_there_is_shown(root: DataRoot, capsys) -> None:
     set_switch(root, Switch.PAUSE, on=True)
     drop(root, "job.yaml")

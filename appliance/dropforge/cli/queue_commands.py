@@ -77,9 +77,7 @@ def submit(arguments: Namespace) -> int:
 def status(arguments: Namespace) -> int:
     root = data_root(arguments)
     if arguments.job:
-        job = find_job(root, arguments.job)
-        emit(arguments, as_json(root, job), describe(root, job))
-        return 0
+        return _status_of(arguments, root)
     now = serving(root)
     jobs = list_jobs(root, ended=SHOWN_ENDED_JOBS, alive=now.alive)
     asked = {} if now.alive else requests_not_done(root)
@@ -91,6 +89,27 @@ def status(arguments: Namespace) -> int:
     return 0
 
 
+def _status_of(arguments: Namespace, root: DataRoot) -> int:
+    try:
+        job = find_job(root, arguments.job)
+    except CommandError as error:
+        row = _dropped(root, arguments.job) if error.code == "job-unknown" else None
+        if row is None:
+            raise
+        file, state, message = row
+        emit(arguments, {"file": file, "state": state, "message": message}, f"{file} is {state}: it {message}")
+        return 0
+    emit(arguments, as_json(root, job), describe(root, job))
+    return 0
+
+
+def _dropped(root: DataRoot, text: str) -> tuple[str, str, str] | None:
+    """The row of a file called so, with or without its ending, that lies in the inbox and is no job yet."""
+    names = sorted(look(root).entries) if root.inbox.is_dir() else []
+    found = next((name for name in names if text in (name, Path(name).stem)), None)
+    return None if found is None else _inbox_row(found, inbox_of(root) if serving(root).alive else None)
+
+
 def requests_not_done(root: DataRoot) -> dict[str, str]:
     """Job id to what was asked in control/ while nobody was there to do it."""
     requests = control.pending(root)[0] if root.control.is_dir() else []
@@ -99,15 +118,19 @@ def requests_not_done(root: DataRoot) -> dict[str, str]:
 
 def waiting_in_inbox(root: DataRoot, *, alive: bool) -> list[tuple[str, str, str]]:
     """Rows for files that are not jobs yet."""
-    said = {entry["file"]: entry for entry in inbox_of(root)} if alive else {}
-    rows = []
     names = sorted(look(root).entries) if root.inbox.is_dir() else []
-    for name in names[:SHOWN_ENDED_JOBS]:
-        entry = said.get(printable(name), {})
-        text = "becomes a job when Dropforge runs" if not alive else entry.get("message") or "is about to become a job"
-        rows.append((printable(name), "in inbox", text))
+    said = inbox_of(root) if alive else None
+    rows = [_inbox_row(name, said) for name in names[:SHOWN_ENDED_JOBS]]
     more = len(names) - SHOWN_ENDED_JOBS
     return [*rows, (f"and {more} more", "in inbox", "")] if more > 0 else rows
+
+
+def _inbox_row(name: str, said: list[dict[str, str]] | None) -> tuple[str, str, str]:
+    """`said`: what the daemon says of the inbox, None when there is no daemon."""
+    if said is None:
+        return printable(name), "in inbox", "becomes a job when Dropforge runs"
+    messages = [entry["message"] for entry in said if entry["file"] == printable(name)]
+    return printable(name), "in inbox", (messages and messages[0]) or "is about to become a job"
 
 
 def _doing(job: JobView) -> str:
