@@ -28,7 +28,7 @@ from dropforge.models.pictures import stored_names
 if TYPE_CHECKING:
     import torch
 
-# Relative error of logits from rounding weights to 16 bits; docs/guides/exports.md has the measured values.
+# Relative error of logits that rounding weights to 16 bits may cause.
 LOGIT_BOUND = {"float16": 0.01, "bfloat16": 0.05}
 # One unit in the last place, relative: rounding itself costs half of it, the rest covers another order of additions.
 STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
