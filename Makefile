@@ -41,13 +41,13 @@ llama: $(READY) ## build llama.cpp's tools into the cache (once, about 6 minutes
 demo: llama ## train a model from a dropped job, export it, ask it ten questions (no GPU, no Docker)
 	@$(BIN)/python -P examples/elements/demo.py
 
-# The numeric tests run beside the others, which mostly wait for processes: on two cores that saves half the time.
-NUMERIC := $(addprefix tests/,kernels modules families fast_step packing benchmarks)
+# Two halves of about the same length side by side: those that mostly compute, and those that mostly wait for processes.
+COMPUTING := $(addprefix tests/,kernels modules families fast_step packing benchmarks api export)
 test: llama ## run the default tests (CPU)
-	@log=$$(mktemp); OMP_NUM_THREADS=1 $(PYTEST) -q -p no:cacheprovider $(NUMERIC) >"$$log" 2>&1 & numeric=$$!; \
-	  trap 'kill $$numeric' INT TERM; status=0; \
-	  $(PYTEST) -q tests $(addprefix --ignore=,$(NUMERIC)) || status=$$?; \
-	  wait $$numeric || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
+	@log=$$(mktemp); OMP_NUM_THREADS=1 $(PYTEST) -q -p no:cacheprovider $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
+	  trap 'kill $$computing' INT TERM; status=0; \
+	  $(PYTEST) -q tests $(addprefix --ignore=,$(COMPUTING)) || status=$$?; \
+	  wait $$computing || status=$$?; cat "$$log"; rm -f "$$log"; exit $$status
 
 test-slow: llama $(BIN)/go ## run the tests that take minutes
 	@$(PYTEST) -q tests -m 'slow and not gpu and not image'

@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["model"] > 270e6
-    assert found["pieces"] < 0.15 * found["model"], found
+    assert found["pieces"] < 0.3 * found["model"], found  # 0.15 on a busy machine; in step with the layers: 0.88
     assert found["whole"] > 0.5 * found["model"], found
 
 
