@@ -42,7 +42,7 @@ demo: llama ## train a model from a dropped job, export it, ask it ten questions
 	@$(BIN)/python -P examples/elements/demo.py
 
 # Two halves of about the same length side by side: those that mostly compute, and those that mostly wait for processes.
-COMPUTING := $(addprefix tests/,kernels modules families fast_step packing benchmarks api export)
+COMPUTING := $(addprefix tests/,kernels modules families fast_step packing benchmarks export)
 test: llama ## run the default tests (CPU)
 	@log=$$(mktemp); OMP_NUM_THREADS=1 $(PYTEST) -q -p no:cacheprovider $(COMPUTING) >"$$log" 2>&1 & computing=$$!; \
 	  trap 'kill $$computing' INT TERM; status=0; \
