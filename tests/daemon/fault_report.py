@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import Element
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import measured_run  # found through the line above
 from fault_table import EXTRA, FAULTS, Fault
+from measured_run import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "reference" / "fault-tests.json"
 PAGE = ROOT / "docs" / "reference" / "fault-tests.md"
 
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = read_results()
     if not options.page:
         known["tests"].update(found)
-        known["machine"] = machine()
+        known["machine"] = measured_run.machine()
         RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(known), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {summary(known)}")
@@ -87,27 +86,16 @@ def read_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"tests": {}, "machine": ""}
 
 
-def machine() -> str:
-    release = platform.release().split("-")[0]
-    return f"{os.cpu_count()} CPU cores, Linux {release}, Python {platform.python_version()}"
-
-
 def run(tests: Sequence[str]) -> dict[str, Outcome]:
     """Every case of the test functions, in one run of pytest, one after another."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not gpu", "-o", "junit_family=xunit1", "-p", "no:cacheprovider",
-                   f"--junitxml={report}", *(f"tests/{test}" for test in tests)]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, check=False)
-        return read_report(report, tests) if report.exists() else {}
+    _, report = measured_run.run([f"tests/{test}" for test in tests], marked="not gpu")
+    return {} if report is None else read_report(report, tests)
 
 
-def read_report(report: Path, tests: Sequence[str]) -> dict[str, Outcome]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+def read_report(report: Element, tests: Sequence[str]) -> dict[str, Outcome]:
+    commit = measured_run.commit()
     outcomes = {test: Outcome(commit=commit, day=datetime.now(UTC).date().isoformat()) for test in tests}
-    for case in ElementTree.parse(report).iter("testcase"):
+    for case in report.iter("testcase"):
         test = f"{str(case.get('file')).removeprefix('tests/')}::{str(case.get('name')).partition('[')[0]}"
         outcome = outcomes.get(test)
         if outcome is None:
@@ -119,7 +107,7 @@ def read_report(report: Path, tests: Sequence[str]) -> dict[str, Outcome]:
             outcome.skipped += 1
         else:
             outcome.passed += 1
-        outcome.measured += [str(item.get("value")) for item in case.iter("property") if item.get("name") == "measured"]
+        outcome.measured += measured_run.measured(case)
     return outcomes
 
 

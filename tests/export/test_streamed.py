@@ -221,7 +221,7 @@ def check(folder, limit):
 
 root = Path(sys.argv[1])
 make(root / "small", 2)
-numbers = make(root / "large", 16)
+numbers = make(root / "large", 28)
 check(root / "small", 0)
 marks = [used()]
 assert check(root / "large", 0)["checked_in_pieces"]
@@ -233,14 +233,14 @@ print(json.dumps({"model": numbers * 4, "pieces": marks[1] - marks[0], "whole": 
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """2 layers, then 16: merge and verification in pieces need hardly more; held whole, the model's size shows."""
+    """2 layers, then 28: merge and verification in pieces need hardly more; held whole, the model's size shows."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["model"] > 270e6
-    assert found["pieces"] < 0.3 * found["model"], found  # 0.15 on a busy machine; in step with the layers: 0.88
+    assert found["model"] > 470e6
+    assert found["pieces"] < 0.15 * found["model"], found
     assert found["whole"] > 0.5 * found["model"], found
 
 

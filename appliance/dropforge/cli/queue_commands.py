@@ -107,7 +107,7 @@ def _dropped(root: DataRoot, text: str) -> tuple[str, str, str] | None:
     """The row of a file called so, with or without its ending, that lies in the inbox and is no job yet."""
     names = sorted(look(root).entries) if root.inbox.is_dir() else []
     found = next((name for name in names if text in (name, Path(name).stem)), None)
-    return None if found is None else _inbox_row(found, inbox_of(root) if serving(root).alive else None)
+    return None if found is None else _inbox_row(found, _said(root, alive=serving(root).alive))
 
 
 def requests_not_done(root: DataRoot) -> dict[str, str]:
@@ -119,18 +119,22 @@ def requests_not_done(root: DataRoot) -> dict[str, str]:
 def waiting_in_inbox(root: DataRoot, *, alive: bool) -> list[tuple[str, str, str]]:
     """Rows for files that are not jobs yet."""
     names = sorted(look(root).entries) if root.inbox.is_dir() else []
-    said = inbox_of(root) if alive else None
+    said = _said(root, alive=alive)
     rows = [_inbox_row(name, said) for name in names[:SHOWN_ENDED_JOBS]]
     more = len(names) - SHOWN_ENDED_JOBS
     return [*rows, (f"and {more} more", "in inbox", "")] if more > 0 else rows
 
 
-def _inbox_row(name: str, said: list[dict[str, str]] | None) -> tuple[str, str, str]:
-    """`said`: what the daemon says of the inbox, None when there is no daemon."""
+def _said(root: DataRoot, *, alive: bool) -> dict[str, str] | None:
+    """What the daemon says of each file in the inbox; None when there is no daemon."""
+    return {entry["file"]: entry["message"] for entry in inbox_of(root)} if alive else None
+
+
+def _inbox_row(name: str, said: dict[str, str] | None) -> tuple[str, str, str]:
+    shown = printable(name)
     if said is None:
-        return printable(name), "in inbox", "becomes a job when Dropforge runs"
-    messages = [entry["message"] for entry in said if entry["file"] == printable(name)]
-    return printable(name), "in inbox", (messages and messages[0]) or "is about to become a job"
+        return shown, "in inbox", "becomes a job when Dropforge runs"
+    return shown, "in inbox", said.get(shown) or "is about to become a job"
 
 
 def _doing(job: JobView) -> str:
